@@ -1,0 +1,48 @@
+"""Rotary tables, from transformers' frequency functions. Stateless: made once a forward, by value."""
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from gearshift.mixers.attention import RotarySpec
+from gearshift.mixers.base import MixContext
+
+
+def frequencies(spec: RotarySpec, head_dim: int, max_positions: int, positions: Tensor) -> tuple[Tensor, float]:
+    """Inverse frequencies [head_dim / 2] in float32, and the factor on the tables.
+
+    The types `dynamic` and `longrope` depend on the longest position of the batch.
+    """
+    if spec.type == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float, device=positions.device) / head_dim
+        return 1.0 / (spec.theta**exponents), 1.0
+    parameters = {name: value for name, value in spec.model_dump(exclude={"type", "theta"}).items() if value is not None}
+    config = LlamaConfig(
+        head_dim=head_dim,
+        hidden_size=head_dim,
+        num_attention_heads=1,
+        max_position_embeddings=max_positions,
+        rope_parameters={"rope_type": spec.type, "rope_theta": spec.theta, **parameters},
+    )
+    length = int(positions.max()) + 1 if spec.type in ("dynamic", "longrope") else None
+    return ROPE_INIT_FUNCTIONS[spec.type](config, positions.device, seq_len=length)
+
+
+@torch.no_grad()
+def tables(spec: RotarySpec, head_dim: int, dtype: torch.dtype, context: MixContext) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each [batch, 1, tokens, head_dim] in `dtype`, made once a forward."""
+
+    def make() -> tuple[Tensor, Tensor]:
+        inverse, scale = frequencies(spec, head_dim, context.max_positions, context.positions)
+        angles = context.positions[:, None, :, None].float() * inverse
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+    return context.once(("rotary", spec, head_dim, dtype), make)
+
+
+def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn each pair of channels (i, i + head_dim / 2) of `heads` [batch, heads, tokens, head_dim] by its angle."""
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cosine + torch.cat((-second, first), dim=-1) * sine

@@ -1,0 +1,28 @@
+"""The gated MLP as a module."""
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from gearshift.mlps.gated import GatedMLPSpec
+from gearshift.plan import Constant, Initialiser, Normal
+
+
+class GatedMLP(nn.Module):
+    """down_proj(activation(gate_proj(x)) * up_proj(x)), [..., hidden] -> [..., hidden]."""
+
+    def __init__(self, spec: GatedMLPSpec, hidden_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, spec.intermediate_size, bias=spec.bias)
+        self.up_proj = nn.Linear(hidden_size, spec.intermediate_size, bias=spec.bias)
+        self.down_proj = nn.Linear(spec.intermediate_size, hidden_size, bias=spec.bias)
+        self.activation = ACT2FN[spec.activation]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+    @classmethod
+    def initialisers(cls, spec: GatedMLPSpec, hidden_size: int) -> dict[str, Initialiser]:
+        """Normal weights of standard deviation 0.02, zero biases."""
+        names = ("gate_proj", "up_proj", "down_proj")
+        weights: dict[str, Initialiser] = {f"{name}.weight": Normal(std=0.02) for name in names}
+        return weights | ({f"{name}.bias": Constant(0.0) for name in names} if spec.bias else {})

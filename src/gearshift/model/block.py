@@ -1,0 +1,54 @@
+"""The decoder block and the stochastic mixer."""
+
+from torch import Tensor, nn
+
+from gearshift.mixers.base import MixContext, Mixer, MixerState
+from gearshift.spec import MIXERS, MLPS, BlockSpec, NormSpec, StochasticMixerSpec
+
+
+def norm(spec: NormSpec, hidden_size: int) -> nn.Module:
+    """The norm a spec describes."""
+    return nn.RMSNorm(hidden_size, eps=spec.epsilon)
+
+
+class StochasticMixer(nn.Module):
+    """Several named mixers. Which one runs comes in with the call."""
+
+    def __init__(self, spec: StochasticMixerSpec, hidden_size: int):
+        super().__init__()
+        self.main = spec.main
+        self.mixers = nn.ModuleDict({name: MIXERS[m.type].load()(m, hidden_size) for name, m in spec.mixers.items()})
+
+
+class Block(nn.Module):
+    """norm, mixer, residual; norm, MLP, residual."""
+
+    def __init__(self, spec: BlockSpec, hidden_size: int):
+        super().__init__()
+        self.spec = spec
+        self.mixer_norm = norm(spec.norm, hidden_size)
+        if isinstance(spec.mixer, StochasticMixerSpec):
+            self.mixer: nn.Module = StochasticMixer(spec.mixer, hidden_size)
+        else:
+            self.mixer = MIXERS[spec.mixer.type].load()(spec.mixer, hidden_size)
+        self.mlp_norm = norm(spec.norm, hidden_size)
+        self.mlp = MLPS[spec.mlp.type].load()(spec.mlp, hidden_size)
+
+    def mixer_named(self, name: str) -> Mixer:
+        """The mixer that a placement calls `name`."""
+        if isinstance(self.mixer, StochasticMixer):
+            return self.mixer.mixers[name]  # type: ignore[return-value]
+        assert name == self.spec.main, f"the block's only mixer is {self.spec.main}"
+        return self.mixer  # type: ignore[return-value]
+
+    def mix(self, hidden: Tensor, context: MixContext, mixer: str, state: MixerState | None = None) -> Tensor:
+        """The first half: `hidden` and what `mixer` adds to it. All shapes [batch, tokens, hidden]."""
+        return hidden + self.mixer_named(mixer)(self.mixer_norm(hidden), context, state)
+
+    def feed(self, hidden: Tensor) -> Tensor:
+        """The second half: `hidden` and what the MLP adds to it."""
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+    def forward(self, hidden: Tensor, context: MixContext, mixer: str, state: MixerState | None = None) -> Tensor:
+        """[batch, tokens, hidden] -> [batch, tokens, hidden], with `mixer` mixing the tokens."""
+        return self.feed(self.mix(hidden, context, mixer, state))

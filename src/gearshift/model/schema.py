@@ -1,0 +1,110 @@
+"""What follows from a spec without weights: tensor names and shapes, starting distributions, sizes, costs."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from math import prod
+
+import torch
+from torch import nn
+
+from gearshift.mixers.base import Mixer
+from gearshift.model.block import Block
+from gearshift.model.config import GearshiftConfig
+from gearshift.plan import Constant, Initialiser, Normal, Schema, TensorInfo
+from gearshift.spec import MLPS, CostTable, ModelSpec, decode_cost
+from gearshift.spec.parts import DTYPE_BYTES
+
+EMBEDDING = Normal(std=0.02)
+
+
+@lru_cache(maxsize=8)
+def _skeleton(dump: str) -> nn.Module:
+    from gearshift.model.modeling import GearshiftForCausalLM
+
+    spec = ModelSpec.model_validate_json(dump)
+    with torch.device("meta"):
+        return GearshiftForCausalLM(GearshiftConfig(spec))
+
+
+def skeleton(spec: ModelSpec) -> nn.Module:
+    """The model on the meta device: all of its structure, none of its weights. Cached; do not change it."""
+    return _skeleton(spec.model_dump_json())
+
+
+def schema(spec: ModelSpec, dtype: str) -> Schema:
+    """Name -> shape and dtype of every tensor of the model's checkpoint. A tied head is not among them."""
+    tensors = skeleton(spec).state_dict()
+    if spec.tie_embeddings:
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    return {name: TensorInfo(tuple(tensor.shape), dtype) for name, tensor in tensors.items()}
+
+
+def initial(spec: ModelSpec) -> dict[str, Initialiser]:
+    """Name -> starting distribution of every tensor of the model's checkpoint."""
+    model = skeleton(spec)
+    started = {
+        (f"{path}.{name}" if path else name): initialiser
+        for path, module in model.named_modules()
+        for name, initialiser in declared(module)
+    }
+    if spec.tie_embeddings:
+        del started["lm_head.weight"]
+    return started
+
+
+def declared(module: nn.Module) -> Iterator[tuple[str, Initialiser]]:
+    """The starting distribution of each parameter that a module answers for, by its name in the module."""
+    if isinstance(module, Mixer):
+        yield from module.initialisers(module.spec, module.hidden_size).items()
+    elif isinstance(module, Block):
+        mlp = MLPS[module.spec.mlp.type].load()
+        sized = module.mixer_norm.weight.shape[0]
+        yield "mixer_norm.weight", Constant(1.0)
+        yield "mlp_norm.weight", Constant(1.0)
+        for name, initialiser in mlp.initialisers(module.spec.mlp, sized).items():
+            yield f"mlp.{name}", initialiser
+    elif type(module).__name__ == "GearshiftModel":
+        yield "embed_tokens.weight", EMBEDDING
+        yield "norm.weight", Constant(1.0)
+    elif type(module).__name__ == "GearshiftForCausalLM":
+        yield "lm_head.weight", EMBEDDING
+
+
+@torch.no_grad()
+def start_module(module: nn.Module) -> None:
+    """Draw the parameters that `module` answers for from torch's generator. Conversions use seeded plans instead."""
+    from gearshift.plan.execute import initialise
+
+    for name, initialiser in declared(module):
+        parameter = module.get_parameter(name)
+        if parameter.device.type == "meta" or getattr(parameter, "_is_hf_initialized", False):
+            continue
+        seed = int(torch.randint(2**31, ()))
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        parameter.copy_(initialise(initialiser, tuple(parameter.shape), dtype, seed, name))
+
+
+def parameter_counts(spec: ModelSpec) -> tuple[dict[tuple[str, str], int], int]:
+    """Parameters of each mixer by (block, name), and of everything else that decoding reads."""
+    model = skeleton(spec)
+    counts: dict[tuple[str, str], int] = {}
+    for name, key in zip(spec.decoder.layout, spec.decoder.weight_keys, strict=True):
+        block = model.get_submodule(f"model.layers.{key}")
+        assert isinstance(block, Block)
+        for mixer in block.spec.mixers:
+            counts[name, mixer] = sum(prod(p.shape) for p in block.mixer_named(mixer).parameters())
+    layers = sum(
+        sum(prod(p.shape) for part in (block.mixer_norm, block.mlp_norm, block.mlp) for p in part.parameters())
+        for block in (model.get_submodule(f"model.layers.{key}") for key in spec.decoder.weight_keys)
+    )
+    # A step reads one row of the embedding table and the whole head, tied or not.
+    head = spec.vocab_size * spec.hidden_size
+    return counts, layers + head + spec.hidden_size
+
+
+def cost_table(spec: ModelSpec, dtype: str, context: int = 8192, batch: int = 1) -> CostTable:
+    """The default cost model: bytes moved to decode one token (see `decode_cost`), weights and caches in `dtype`."""
+    counts, shared = parameter_counts(spec)
+    size = DTYPE_BYTES[dtype]
+    weights = {key: count * size for key, count in counts.items()}
+    return decode_cost(spec, weights, shared * size, dtype, context, batch)

@@ -1,0 +1,141 @@
+"""Safetensors shards of a schema, written tensor by tensor as the Hugging Face layout has them.
+
+The format is a header of JSON and then the tensors' bytes. A schema settles the header before any value exists, so a
+shard is streamed, one tensor in memory at a time, where the safetensors library would want all of them at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gearshift.plan.expressions import DTYPE_BYTES, Schema
+from gearshift.plan.sources import info_of
+
+assert sys.byteorder == "little", "safetensors files are little-endian, and tensors are written as they lie in memory"
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PARTIAL = ".partial"
+
+_SAFETENSORS_DTYPE = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file: its name, its header, and its tensors in the order of their bytes."""
+
+    file: str
+    names: tuple[str, ...]
+    header: bytes
+    bytes: int
+
+    def finished(self, folder: Path) -> bool:
+        """Whether the whole file is there under its final name."""
+        path = folder / self.file
+        return path.is_file() and path.stat().st_size == len(self.header) + self.bytes
+
+
+def split(schema: Schema, shard_bytes: int, metadata: Mapping[str, str]) -> list[Shard]:
+    """The schema's tensors dealt out in order, a new shard begun when the next tensor would pass `shard_bytes`.
+
+    A tensor larger than that has a shard to itself.
+    """
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes is {shard_bytes}; a shard must be allowed at least one byte")
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, info in schema.items():
+        if groups[-1] and filled + info.bytes > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += info.bytes
+    files = [SINGLE_FILE]
+    if len(groups) > 1:
+        files = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
+    return [_shard(file, names, schema, metadata) for file, names in zip(files, groups, strict=True)]
+
+
+def _shard(file: str, names: list[str], schema: Schema, metadata: Mapping[str, str]) -> Shard:
+    # Widest dtype first, as the library does: then every tensor starts at a multiple of its element size.
+    names = sorted(names, key=lambda name: -DTYPE_BYTES[schema[name].dtype])
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name in names:
+        info = schema[name]
+        entries[name] = {
+            "dtype": _SAFETENSORS_DTYPE[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.bytes],
+        }
+        offset += info.bytes
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return Shard(file, tuple(names), len(header).to_bytes(8, "little") + header, offset)
+
+
+def write_shard(
+    shard: Shard, folder: Path, schema: Schema, value: Callable[[str], torch.Tensor], wrote: Callable[[int], None]
+) -> None:
+    """Write one shard under a temporary name, then rename it, so that under its own name it is always whole.
+
+    `value` is called for each tensor in turn, `wrote` with the bytes of each. On any error the temporary file is
+    removed and the error goes on, OSError for a full disk included.
+    """
+    path = folder / shard.file
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb") as file:
+            file.write(shard.header)
+            for name in shard.names:
+                tensor = value(name)
+                assert info_of(tensor) == schema[name], f"{name}: {info_of(tensor)} instead of {schema[name]}"
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                wrote(schema[name].bytes)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_index(shards: list[Shard], folder: Path, schema: Schema) -> None:
+    """The index that tells which of several shards holds which tensor."""
+    weight_map = {name: shard.file for shard in shards for name in shard.names}
+    index = {
+        "metadata": {"total_size": sum(shard.bytes for shard in shards)},
+        "weight_map": {name: weight_map[name] for name in schema},
+    }
+    write_whole(folder / INDEX_FILE, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small text file so that it is never seen half written."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def remove_shards(folder: Path) -> None:
+    """Remove every file, finished or partial, that writing shards may have left in a folder."""
+    for pattern in (SINGLE_FILE, "model-*-of-*.safetensors", INDEX_FILE):
+        for path in (*folder.glob(pattern), *folder.glob(pattern + PARTIAL)):
+            path.unlink()

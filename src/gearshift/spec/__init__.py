@@ -1,0 +1,27 @@
+"""What a model is, in data. Nothing here imports torch."""
+
+from gearshift.spec.base import Spec
+from gearshift.spec.costs import CostTable, decode_cost
+from gearshift.spec.model import BlockSpec, DecoderSpec, ModelSpec, NormSpec, StochasticMixerSpec
+from gearshift.spec.parts import MixerSpec, MLPSpec, StateTensor
+from gearshift.spec.placement import Placement, resolve_placement
+from gearshift.spec.registry import MIXERS, MLPS, Kind
+
+__all__ = [
+    "MIXERS",
+    "MLPS",
+    "BlockSpec",
+    "CostTable",
+    "DecoderSpec",
+    "Kind",
+    "MLPSpec",
+    "MixerSpec",
+    "ModelSpec",
+    "NormSpec",
+    "Placement",
+    "Spec",
+    "StateTensor",
+    "StochasticMixerSpec",
+    "decode_cost",
+    "resolve_placement",
+]

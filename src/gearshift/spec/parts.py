@@ -1,0 +1,66 @@
+"""The halves of a block, as far as they are the same for every kind: mixers and MLPs."""
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+from gearshift.spec.base import Spec
+
+TOKENS = -1
+"""In a state's shape, the dimension that grows by one with every token."""
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One tensor that a mixer keeps between the tokens of one sequence.
+
+    The shape leaves out the batch. Where it holds `TOKENS`, the tensor grows with the sequence, up to `max_tokens`
+    if that is set (a window). `dtype` None means the dtype of the activations.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str | None = None
+    max_tokens: int | None = None
+
+    @property
+    def grows(self) -> bool:
+        return TOKENS in self.shape
+
+    @property
+    def token_dim(self) -> int | None:
+        """The dimension that grows, counted with the batch as dimension 0; None for a fixed size."""
+        return self.shape.index(TOKENS) + 1 if self.grows else None
+
+    def elements(self, tokens: int) -> int:
+        """The number of elements after `tokens` tokens."""
+        kept = tokens if self.max_tokens is None else min(tokens, self.max_tokens)
+        return math.prod(kept if size == TOKENS else size for size in self.shape)
+
+    def bytes(self, tokens: int, dtype: str) -> int:
+        """The size in bytes after `tokens` tokens, with activations in `dtype`."""
+        return self.elements(tokens) * DTYPE_BYTES[self.dtype or dtype]
+
+
+class MixerSpec(Spec):
+    """The settings of one token mixer. Each kind adds its own fields; sizes left out are filled in by `resolved`."""
+
+    type: str
+    """The kind of mixer, as registered under `gearshift.mixers`."""
+
+    def resolved(self, hidden_size: int) -> Self:
+        """A copy with every derivable size filled in. ValueError if the sizes do not fit `hidden_size`."""
+        return self
+
+    def state(self) -> tuple[StateTensor, ...]:
+        """What the mixer keeps of a sequence: the one declaration that caches, servers and costs read."""
+        raise NotImplementedError
+
+
+class MLPSpec(Spec):
+    """The settings of the channel-mixing half of a block."""
+
+    type: str
+    """The kind of MLP, as registered under `gearshift.mlps`."""
