@@ -1,0 +1,18 @@
+"""Foreign checkpoints in and out. A family is data in a folder of its own; everything else here serves all families."""
+
+from gearshift.formats.base import Format, InexpressibleError
+from gearshift.formats.checkpoint import Checkpoint, choose_format, open_checkpoint
+from gearshift.formats.native import NativeConfig
+from gearshift.formats.registry import FORMATS
+from gearshift.formats.writer import write_checkpoint
+
+__all__ = [
+    "FORMATS",
+    "Checkpoint",
+    "Format",
+    "InexpressibleError",
+    "NativeConfig",
+    "choose_format",
+    "open_checkpoint",
+    "write_checkpoint",
+]

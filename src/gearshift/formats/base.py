@@ -1,0 +1,331 @@
+"""What a format is, and the one that most families are: a table of fates and a table of tensors."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, get_type_hints
+
+from pydantic import ValidationError
+
+from gearshift.formats.fates import REQUIRED, RUNTIME_ONLY, Carried, Constant, Derived, Fate, Fixed, Mapped
+from gearshift.formats.leaves import LAYER, flatten, leaves, set_at, value_at
+from gearshift.formats.native import NativeConfig, hint, sentence
+from gearshift.formats.tensors import Tensors
+from gearshift.plan import Plan, Schema
+from gearshift.spec import MIXERS, MLPS, BlockSpec, ModelSpec
+
+BLOCK = "layer"
+"""The name of the block that all layers of an imported model have."""
+
+
+class InexpressibleError(ValueError):
+    """A model has something that a format cannot say."""
+
+
+class Format(ABC):
+    """A family of checkpoints: its config as our native one, and its tensors as ours."""
+
+    name: str
+    model_type: str | None
+    """The `model_type` of its `config.json`; None if it has none."""
+    writable: bool = True
+    """Whether Gearshift exports to it."""
+
+    @abstractmethod
+    def to_native(self, raw: Mapping[str, Any]) -> NativeConfig:
+        """Read a config. ValueError that names the key if there is anything in it that we cannot say."""
+
+    @abstractmethod
+    def to_config(self, native: NativeConfig) -> dict[str, Any]:
+        """Write a config. InexpressibleError with the first block and field that the family cannot say."""
+
+    @abstractmethod
+    def plan(self, spec: ModelSpec, target: Schema) -> Plan:
+        """The bijection from the family's tensors to `target`, the native schema of `spec`. Its inverse exports."""
+
+    @abstractmethod
+    def import_plan(self, spec: ModelSpec, target: Schema, source: Schema) -> Plan:
+        """The plan from a checkpoint with the tensors `source`; dtypes are kept, what is not needed is discarded.
+
+        Raises ValueError for a missing, a misshapen or an extra tensor.
+        """
+
+    def write_companions(self, folder: Path) -> None:
+        """Write what else a folder of this format needs to be loaded. Most need nothing."""
+
+
+@dataclass(frozen=True)
+class FamilyFormat(Format):
+    """A family in which all layers have the same kind of block.
+
+    Building one checks that every key of the family's config class and every leaf of our spec has exactly one fate;
+    ValueError with the first that has none, or two.
+    """
+
+    name: str
+    mixer: str
+    """The kind of mixer in its blocks."""
+    mlp: str
+    """The kind of MLP in its blocks."""
+    fates: tuple[Fate, ...]
+    tensors: Tensors
+    model_type: str | None = None
+    config_class: str | None = None
+    """The family's transformers config class, `module:attribute`: it says which keys there are, and their defaults."""
+    nested: Mapping[str, str | None] | None = None
+    """Keys that hold mappings of keys: key -> the TypedDict, `module:attribute`, that says which, or None."""
+    aliases: Mapping[str, str] | None = None
+    """Keys of older layouts that the config class translates: alias -> key. Those of a nested key hold the same keys."""
+    writable: bool = True
+    ignored: Callable[[str], bool] = RUNTIME_ONLY.__contains__
+    """Whether a key says nothing of the model."""
+
+    LEGACY_NESTED: ClassVar[frozenset[str]] = frozenset({"type"})
+    """Keys within mappings that the config class translates."""
+
+    def __post_init__(self) -> None:
+        _once(f"key of the format {self.name!r}", [fate.key for fate in self.fates if not isinstance(fate, Fixed)])
+        stated = [*self._paths(Mapped), *(fate.path for fate in self.fates if isinstance(fate, Fixed))]
+        _once(f"leaf in the format {self.name!r}", stated)
+        reachable = leaves(self.mixer, self.mlp)
+        for path in reachable:
+            if path not in stated:
+                raise ValueError(f"the format {self.name!r} gives the leaf {path!r} of our spec no fate: map or fix it")
+        for path in stated:
+            if path not in reachable:
+                raise ValueError(f"the format {self.name!r} speaks of a leaf {path!r} that our spec does not have")
+        for key in self._class_keys():
+            if key not in self._keys and not self.ignored(key):
+                raise ValueError(f"the format {self.name!r} gives the key {key!r} of {self.config_class} no fate")
+
+    def _paths(self, *kinds: type[Fate]) -> list[str]:
+        return [path for fate in self.fates if isinstance(fate, kinds) for path in getattr(fate, "paths", ())]
+
+    @cached_property
+    def _keys(self) -> dict[str, Mapped | Constant | Derived | Carried]:
+        return {fate.key: fate for fate in self.fates if not isinstance(fate, Fixed)}
+
+    @cached_property
+    def _class(self) -> Any:
+        return None if self.config_class is None else _load(self.config_class)
+
+    def _class_keys(self) -> list[str]:
+        """Every key that the family's own definition knows, nested ones with a dot."""
+        if self._class is None:
+            return []
+        nested = {key: get_type_hints(_load(path)) for key, path in (self.nested or {}).items() if path}
+        keys = [field.name for field in fields(self._class)]
+        return [
+            key if inner is None else f"{key}.{inner}" for key in keys for inner in (nested[key] if key in nested else [None])
+        ]
+
+    # Reading.
+
+    def to_native(self, raw: Mapping[str, Any]) -> NativeConfig:
+        self._check_known(raw)
+        values = self._resolve(raw)
+        tree: dict[str, Any] = {}
+        extras: dict[str, Any] = {}
+        for fate in self.fates:
+            if isinstance(fate, Fixed):
+                set_at(tree, fate.path, fate.value)
+            elif isinstance(fate, Mapped):
+                value = _look_up(values, fate)
+                for path in fate.paths:
+                    set_at(tree, path, value)
+            elif isinstance(fate, Carried) and values.get(fate.key) is not None:
+                extras[fate.extra] = values[fate.key]
+            elif isinstance(fate, Constant):
+                _check_constant(values.get(fate.key, fate.value), fate)
+        spec = self._spec(tree)
+        for fate in self.fates:
+            if isinstance(fate, Derived) and values.get(fate.key) is not None:
+                self._check_derived(fate, values[fate.key], spec)
+        return NativeConfig(spec, values.get("dtype") or "float32", source={"format": self.name}, extras=extras)
+
+    def _check_known(self, raw: Mapping[str, Any]) -> None:
+        aliases = self.aliases or {}
+        nested = {*(self.nested or ()), *(alias for alias, key in aliases.items() if key in (self.nested or ()))}
+        known = [*self._keys, *aliases, "model_type"]
+        for key in flatten(raw, frozenset(nested)):
+            outer, _, inner = key.partition(".")
+            inside = outer in nested and bool(inner)
+            name = f"{aliases.get(outer, outer)}.{inner}" if inside else key
+            legacy = (inside and inner in self.LEGACY_NESTED) or key in nested
+            if name not in known and not legacy and not self.ignored(key):
+                raise ValueError(f"unknown key {key!r}: {hint(key, known)}")
+
+    def _resolve(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Every key's value as the family's own class understands it: defaults filled in, older layouts translated."""
+        if self._class is None:
+            return dict(raw)
+        try:
+            config = self._class(**copy.deepcopy({key: raw[key] for key in raw if not self.ignored(key)}))
+        except Exception as error:  # the class checks values with whatever its code runs into
+            raise ValueError(f"{self._class.__name__} does not accept it: {_flat(error)}") from None
+        own = {name: getattr(config, name) for name in {field.name for field in fields(self._class)}}
+        values = flatten({**raw, **own}, frozenset(self.nested or ()))
+        if values.get("dtype") is not None:
+            values["dtype"] = str(values["dtype"]).removeprefix("torch.")
+        return values
+
+    def _spec(self, tree: dict[str, Any]) -> ModelSpec:
+        layer = tree.pop(LAYER[:-1])
+        for part, registry, kind in (("mixer", MIXERS, self.mixer), ("mlp", MLPS, self.mlp)):
+            try:
+                layer[part] = registry[kind].spec.model_validate(layer[part])
+            except ValidationError as error:
+                raise ValueError(self._where(f"{LAYER}{part}", error)) from None
+        tree["decoder"] |= {"pattern": [BLOCK], "blocks": {BLOCK: layer}}
+        try:
+            return ModelSpec.model_validate(tree)
+        except ValidationError as error:
+            raise ValueError(self._where("", error)) from None
+
+    def _where(self, prefix: str, error: ValidationError) -> str:
+        """A validation error in the words of the family's config."""
+        location = ".".join(filter(None, [prefix, *map(str, error.errors()[0]["loc"])]))
+        location = location.replace(f"decoder.blocks.{BLOCK}.", LAYER)
+        for fate in self.fates:
+            if isinstance(fate, Mapped) and location in fate.paths:
+                return f"{fate.key!r}: {sentence(error).partition(': ')[2]}"
+        return f"{location or 'config'}: {sentence(error).partition(': ')[2]}"
+
+    def _check_derived(self, fate: Derived, value: Any, spec: ModelSpec) -> None:
+        expected = self._leaf(spec, fate.path)
+        if value != expected:
+            raise ValueError(f"{fate.key!r} is {value!r}, but it follows from the other keys that it is {expected!r}")
+
+    # Writing.
+
+    def to_config(self, native: NativeConfig) -> dict[str, Any]:
+        self.check_expressible(native.spec)
+        config: dict[str, Any] = {} if self.model_type is None else {"model_type": self.model_type}
+        for fate in self.fates:
+            if isinstance(fate, Mapped | Derived):
+                value = self._leaf(native.spec, fate.paths[0] if isinstance(fate, Mapped) else fate.path)
+                if value is not None or not (isinstance(fate, Mapped) and fate.omit_none):
+                    set_at(config, fate.key, list(value) if isinstance(value, tuple) else value)
+            elif isinstance(fate, Constant) and fate.write:
+                config[fate.key] = copy.copy(fate.value)
+            elif isinstance(fate, Carried) and (fate.extra in native.extras or self._has_default(fate.key)):
+                config[fate.key] = native.extras.get(fate.extra)
+        config["dtype"] = native.dtype
+        self._check_read_back(config, native.spec)
+        return dict(sorted(config.items()))
+
+    def _has_default(self, key: str) -> bool:
+        """Whether leaving the key out would say something."""
+        return any(field.name == key and field.default is not None for field in fields(self._class or Carried))
+
+    def check_expressible(self, spec: ModelSpec) -> None:
+        """InexpressibleError with the first block and field that this family cannot say."""
+        first: tuple[str, BlockSpec] | None = None
+        for fate in self.fates:
+            if isinstance(fate, Fixed) and not fate.path.startswith(LAYER) and value_at(spec, fate.path) != fate.value:
+                raise self._inexpressible(f"{fate.path} is {value_at(spec, fate.path)!r}")
+        for name in dict.fromkeys(spec.decoder.layout):
+            block = spec.decoder.blocks[name]
+            self._check_block(name, block)
+            if first is None:
+                first = name, block
+            for path in self._paths(Mapped):
+                if path.startswith(LAYER):
+                    ours, other = _block_leaf(block, path), _block_leaf(first[1], path)
+                    if ours != other:
+                        leaf = path.removeprefix(LAYER)
+                        raise self._inexpressible(
+                            f"block {name!r} has {leaf} {ours!r} where block {first[0]!r} has {other!r}, and it has one "
+                            "for all layers"
+                        )
+        for fate in self.fates:
+            if isinstance(fate, Mapped) and len(values := {path: self._leaf(spec, path) for path in fate.paths}) > 1:
+                (one, value), *others = values.items()
+                for path, other in others:
+                    if other != value:
+                        raise self._inexpressible(
+                            f"block {spec.decoder.layout[0]!r} has {path.removeprefix(LAYER)} {other!r} and "
+                            f"{one.removeprefix(LAYER)} {value!r}, and it has one key, {fate.key!r}, for both"
+                        )
+
+    def _check_block(self, name: str, block: BlockSpec) -> None:
+        for part, kind in (("mixer", self.mixer), ("mlp", self.mlp)):
+            found = getattr(block, part).type
+            if found != kind:
+                advice = ": export one placement of it" if found == "stochastic" else ""
+                raise self._inexpressible(f"block {name!r} has {part}.type {found!r}{advice}")
+        for fate in self.fates:
+            paths = fate.paths if isinstance(fate, Mapped) else (fate.path,) if isinstance(fate, Fixed) else ()
+            for path in paths:
+                if path.startswith(LAYER):
+                    try:
+                        value = _block_leaf(block, path)
+                    except LookupError as error:
+                        raise self._inexpressible(f"block {name!r} has no {error.args[0]}") from None
+                    if isinstance(fate, Fixed) and value != fate.value:
+                        raise self._inexpressible(f"block {name!r} has {path.removeprefix(LAYER)} {value!r}")
+
+    def _inexpressible(self, what: str) -> InexpressibleError:
+        return InexpressibleError(f"the format {self.name!r} cannot express this model: {what}")
+
+    def _leaf(self, spec: ModelSpec, path: str) -> Any:
+        """The value of a leaf; of a layer's leaf, that of the first layer."""
+        return _block_leaf(spec.decoder.layers[0], path) if path.startswith(LAYER) else value_at(spec, path)
+
+    def _check_read_back(self, config: dict[str, Any], spec: ModelSpec) -> None:
+        """What we wrote must be read as what we had: the family's class may have rules of its own."""
+        try:
+            again = self.to_native(config).spec
+        except ValueError as error:
+            raise self._inexpressible(str(error)) from None
+        for path in self._paths(Mapped):
+            if self._leaf(again, path) != self._leaf(spec, path):
+                raise self._inexpressible(
+                    f"{path} {self._leaf(spec, path)!r} would be read back as {self._leaf(again, path)!r}"
+                )
+
+    # Tensors.
+
+    def plan(self, spec: ModelSpec, target: Schema) -> Plan:
+        return self.tensors.plan(spec, target)
+
+    def import_plan(self, spec: ModelSpec, target: Schema, source: Schema) -> Plan:
+        return self.tensors.import_plan(spec, target, source)
+
+
+def _block_leaf(block: BlockSpec, path: str) -> Any:
+    return value_at(block, path.removeprefix(LAYER))
+
+
+def _look_up(values: Mapping[str, Any], fate: Mapped) -> Any:
+    if fate.key in values:
+        return values[fate.key]
+    if fate.default is REQUIRED:
+        raise ValueError(f"the key {fate.key!r} is missing")
+    return fate.default
+
+
+def _check_constant(value: Any, fate: Constant) -> None:
+    if value != fate.value and value not in fate.same:
+        shown = f" ({fate.why})" if fate.why else ""
+        raise ValueError(f"{fate.key!r} is {value!r}, and only {fate.value!r} is supported{shown}")
+
+
+def _once(what: str, names: list[str]) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two fates for one {what}: {twice[0]!r}")
+
+
+def _load(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def _flat(error: Exception) -> str:
+    """An error of a config class as one line."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(str(text).split())

@@ -1,0 +1,118 @@
+"""The fate of every field: what a format's config mapping is written in.
+
+A field of the family's config is `Mapped`, `Constant`, `Derived`, `Carried` or a run-time-only key; a leaf of our spec
+is `Mapped` or `Fixed` (unrepresentable but for one value). `Format`s check that each has exactly one.
+
+A leaf is named by its path in `ModelSpec`; `layer.` stands for the block of every layer (`layer.mixer.heads`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+REQUIRED: Any = type("Required", (), {"__repr__": lambda self: "REQUIRED"})()
+"""The default of a key that must be there."""
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A key that says the same as one leaf of the spec, or as several that the family cannot tell apart."""
+
+    key: str
+    paths: tuple[str, ...]
+    default: Any = REQUIRED
+    """Where the key is absent and the family has no config class that knows better."""
+    omit_none: bool = False
+    """Whether the key is left out, instead of written as null, where the leaf is None."""
+
+
+def mapped(key: str, *paths: str, default: Any = REQUIRED, omit_none: bool = False) -> Mapped:
+    """`Mapped`, with the paths as plain arguments."""
+    return Mapped(key, paths, default, omit_none)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A key with one value that we can read, and that we write."""
+
+    key: str
+    value: Any
+    same: tuple[Any, ...] = ()
+    """Other values that mean the same when read."""
+    write: bool = True
+    """Whether it is written; False for keys that mean something only by being there."""
+    why: str = ""
+    """What a person should know who has another value."""
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A key that repeats what a leaf of the spec says: compared when it is there, written from the leaf."""
+
+    key: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A key that nothing the model computes depends on: kept beside the spec, under `name` where that differs."""
+
+    key: str
+    name: str = ""
+
+    @property
+    def extra(self) -> str:
+        """The key's name among the native config's extras."""
+        return self.name or self.key
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A leaf of the spec that the family has no key for: export fails unless it has this value."""
+
+    path: str
+    value: Any
+
+
+Fate = Mapped | Constant | Derived | Carried | Fixed
+
+
+RUNTIME_ONLY = frozenset(
+    {
+        # Where, by what and how a config was made or loaded.
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_name_or_path",
+        "name_or_path",
+        "transformers.js_config",
+        "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
+        # What a forward returns.
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "torchscript",
+        # Settings of generation, which transformers moved to generation_config.json and ignores here.
+        "do_sample",
+        "max_length",
+        "temperature",
+        "top_k",
+        "top_p",
+    }
+)
+"""Keys of a transformers config that say nothing of the model. Read past, never written."""
+
+CARRIED = frozenset(
+    {
+        "bos_token_id",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "use_cache",
+    }
+)
+"""The names that `Carried` keys may have: what a native config holds beside the spec."""

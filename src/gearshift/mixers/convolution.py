@@ -1,0 +1,80 @@
+"""The short causal depthwise convolutions, with SiLU, that recurrent mixers put after their projections."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gearshift.mixers.base import MixContext, MixerState
+from gearshift.mixers.kernels import kernel
+
+
+class ShortConvolution(nn.Module):
+    """The weight of one convolution, [channels, 1, taps], the last tap on the current token. Run by `convolve`."""
+
+    def __init__(self, channels: int, taps: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps).uniform_(-(taps**-0.5), taps**-0.5))
+
+
+def convolve(
+    streams: Sequence[Tensor], weights: Sequence[Tensor], context: MixContext, state: MixerState | None
+) -> Sequence[Tensor]:
+    """silu(convolution) of each stream [batch, tokens, channels] with its own weight [channels, 1, taps].
+
+    Documents start from zeros. `state["conv"]` holds the last taps - 1 inputs of all streams' channels, concatenated;
+    it is read and written if `state` is given. float32 on the plain path, the streams' dtype on CUDA.
+    """
+    if state is None:
+        return [_convolved(x, weight, context) for x, weight in zip(streams, weights, strict=True)]
+    now, weight = torch.cat(tuple(streams), dim=-1), torch.cat(tuple(weights))
+    taps, tokens = weight.shape[-1], now.shape[1]
+    past = state.get("conv")
+    if past is None:
+        past = now.new_zeros(now.shape[0], now.shape[2], taps - 1)
+    seen = torch.cat((past.mT.to(now.dtype), now), dim=1)
+    state["conv"] = seen[:, tokens:].mT.contiguous()
+    if tokens == 1:
+        mixed = F.silu((seen.float() * weight.squeeze(1).t().float()).sum(1, keepdim=True))
+        mixed = mixed.to(now.dtype) if now.is_cuda else mixed
+    else:
+        mixed = _convolved(seen, weight, None)[:, taps - 1 :]
+    return mixed.split([x.shape[-1] for x in streams], dim=-1)
+
+
+def _convolved(x: Tensor, weight: Tensor, context: MixContext | None) -> Tensor:
+    if x.is_cuda:
+        run = kernel("fla.modules.causal_conv1d:causal_conv1d")
+        cu_seqlens = None if context is None else context.cu_seqlens
+        return run(x, weight.squeeze(1), activation="silu", cu_seqlens=cu_seqlens)[0]
+    return F.silu(causal_convolution(x, weight, None if context is None else _places(context)))
+
+
+def causal_convolution(x: Tensor, weight: Tensor, places: Tensor | None = None) -> Tensor:
+    """A causal depthwise convolution in plain PyTorch, float32: x [batch, tokens, channels], weight [channels, 1, taps].
+
+    `places` [tokens] counts the tokens before each one in its document: taps that would reach further back see zeros.
+    """
+    tokens, taps = x.shape[1], weight.shape[-1]
+    columns = weight.squeeze(1).t().float()
+    padded = F.pad(x.float(), (0, 0, taps - 1, 0))
+    mixed = padded[:, taps - 1 :] * columns[-1]
+    for back in range(1, taps):
+        earlier = padded[:, taps - 1 - back : taps - 1 - back + tokens]
+        if places is not None:
+            earlier = earlier * (places >= back)[:, None]
+        mixed = torch.addcmul(mixed, earlier, columns[-1 - back])
+    return mixed
+
+
+def _places(context: MixContext) -> Tensor | None:
+    """[tokens], how many tokens of its own document precede each token; None if nothing is packed."""
+    documents, cu_seqlens = context.documents, context.cu_seqlens
+    if documents is None or cu_seqlens is None:
+        return None
+
+    def make() -> Tensor:
+        return torch.arange(context.tokens, device=cu_seqlens.device) - cu_seqlens[documents[0]]
+
+    return context.once("places in documents", make)

@@ -1,0 +1,220 @@
+"""Two pictures with axes: the loss curves of a stage, and what divergence costs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gearshift.report.data import Candidate, Search, Stage
+from gearshift.report.html import Html
+from gearshift.report.labels import Label, place_labels, spread
+from gearshift.report.numbers import cost, cost_words, counts_bytes, number
+from gearshift.report.palette import LIGHT, Palette
+from gearshift.report.svg import draw
+from gearshift.spec.placement import Placement
+
+TERM_STYLES = ((0, (5, 2)), (0, (1, 1.6)), (0, (5, 1.5, 1, 1.5)), (0, (9, 3)))
+FEW_POINTS = 60
+
+
+def loss_curves(stage: Stage, palette: Palette, name: str) -> Html | None:
+    """The losses of a stage over its steps; None if not one of them is known. Each line is named at its end."""
+    lines = [line for line in _loss_lines(stage, palette) if line[1]]
+    if not lines:
+        return None
+    every = [value for _, points, _ in lines for _, value in points]
+
+    def paint(figure: Any, axes: Any) -> None:
+        marker = "." if len(stage.records) <= FEW_POINTS else None
+        for _, points, style in lines:
+            axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, **style)
+        if min(every) > 0:
+            axes.set_yscale("log")
+        _plain_ticks(axes.yaxis)
+        axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(False, axis="x")
+        _name_ends(figure, axes, [(label, points[-1], style["color"]) for label, points, style in lines])
+
+    return draw(name, 460, 290, paint, f"Loss over the {len(stage.records)} steps of the stage {stage.name}")
+
+
+def _loss_lines(stage: Stage, palette: Palette) -> list[tuple[str, list[tuple[int, float]], dict[str, Any]]]:
+    """Label, points and style of each line; the sum itself only where no mixer's own loss says more."""
+    mixers = [mixer for mixer in palette.roles if any(mixer in record.mixer_losses for record in stage.records)]
+    terms = list(dict.fromkeys(term for record in stage.records for term in record.loss_terms))
+    lines = [
+        (mixer, _points(stage, [record.mixer_losses.get(mixer) for record in stage.records]), _line(palette.hex(mixer)))
+        for mixer in mixers
+    ]
+    if not mixers:
+        lines.append(("loss", _points(stage, [record.loss for record in stage.records]), _line(LIGHT["ink"])))
+    if len(terms) > 1:
+        for term, dashes in zip(terms, TERM_STYLES, strict=False):
+            points = _points(stage, [record.loss_terms.get(term) for record in stage.records])
+            lines.append((term.replace("_", " "), points, {**_line(LIGHT["soft"], 1.3), "linestyle": dashes}))
+    return lines
+
+
+def _points(stage: Stage, values: Sequence[float | None]) -> list[tuple[int, float]]:
+    return [(record.step, value) for record, value in zip(stage.records, values, strict=True) if value is not None]
+
+
+def _line(colour: str, width: float = 1.9) -> dict[str, Any]:
+    return {"color": colour, "linewidth": width}
+
+
+def _name_ends(figure: Any, axes: Any, ends: Sequence[tuple[str, tuple[int, float], str]]) -> None:
+    """Write each line's name at its end, moved apart where lines end together."""
+    figure.draw_without_rendering()
+    heights = [axes.transData.transform(point)[1] for _, point, _ in ends]
+    for (label, point, colour), old, new in zip(ends, heights, spread(heights, gap=14), strict=True):
+        right = axes.get_xlim()[1]
+        axes.annotate(
+            label,
+            (right, point[1]),
+            (7, new - old),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            clip_on=False,
+        )
+
+
+def pareto(search: Search, palette: Palette, name: str = "pareto") -> Html | None:
+    """Divergence against cost: every candidate, the front, the presets and their budgets. None without candidates."""
+    candidates = [candidate for candidate in search.candidates if _drawable(candidate)]
+    if not candidates:
+        return None
+    plot = _Pareto(search, palette, candidates)
+    return draw(name, 860, 470, plot.paint, "Divergence from the teacher against cost, for every evaluated placement")
+
+
+def _drawable(found: Any) -> bool:
+    return found.cost is not None and found.divergence is not None
+
+
+class _Pareto:
+    """The picture of a search. Holds what its layers share: the scale of the costs and the hints of the points."""
+
+    def __init__(self, search: Search, palette: Palette, candidates: Sequence[Candidate]):
+        self.search, self.palette, self.candidates = search, palette, candidates
+        largest = max(candidate.cost or 0 for candidate in candidates)
+        power = max(0, int(math.log10(largest) // 3)) if largest > 0 and counts_bytes(search.cost_unit) else 0
+        self.scale = 1000.0 ** min(power, 4)
+        self.unit = ("bytes", "KB", "MB", "GB", "TB")[min(power, 4)] if counts_bytes(search.cost_unit) else ""
+        self.presets = [preset for preset in search.presets if _drawable(preset)]
+        self.hints: dict[str, str] = {}
+
+    def paint(self, figure: Any, axes: Any) -> Mapping[str, str]:
+        """Draw all layers, lowest first; gives the hints."""
+        self._axes(axes)
+        self._points(axes)
+        self._front(axes)
+        self._budgets(axes)
+        for preset in self.presets:
+            self._point(axes, preset, preset.name, marker="D", markersize=9, color=LIGHT["accent"], zorder=6)
+        self._names(figure, axes)
+        return self.hints
+
+    def _axes(self, axes: Any) -> None:
+        found = [candidate.divergence or 0 for candidate in self.candidates]
+        positive = [value for value in found if value > 0]
+        if positive:
+            floor = 10 ** math.floor(math.log10(min(positive)))
+            axes.set_yscale("symlog", linthresh=floor, linscale=0.35)
+            axes.set_ylim(min(0, *found) - 0.12 * floor, max(positive) * 2.2)
+            decades = range(round(math.log10(floor)), math.ceil(math.log10(max(positive))) + 1)
+            axes.set_yticks([0, *(10.0**power for power in decades if 10.0**power <= max(positive) * 2.2)])
+            axes.minorticks_off()
+        axes.margins(x=0.06)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel(" ".join(filter(None, (self.unit, cost_words(self.search.cost_unit)))))
+        axes.set_ylabel("divergence from the teacher, nats a token")
+
+    def _point(self, axes: Any, found: Any, title: str, **style: Any) -> None:
+        gid = f"point-{len(self.hints)}"
+        spent = cost(found.cost, self.search.cost_unit)
+        self.hints[gid] = f"{title}: {spent}, {number(found.divergence)} nats\n{found.placement}"
+        axes.plot(
+            [found.cost / self.scale],
+            [found.divergence],
+            gid=gid,
+            clip_on=False,
+            markeredgecolor=LIGHT["card"],
+            **style,
+        )
+
+    def _points(self, axes: Any) -> None:
+        for candidate in self.candidates:
+            if candidate.kind == "preset" and any(candidate.placement == preset.placement for preset in self.presets):
+                continue
+            mixer = rarest(candidate.placement)
+            colour = LIGHT["soft"] if candidate.kind in ("verified", "preset") else self.palette.hex(mixer)
+            size, marker = {"pure": (11, "s"), "single change": (5, "o")}.get(candidate.kind, (6, "o"))
+            title = f"{candidate.kind}, {mixer}" if candidate.kind == "single change" else candidate.kind
+            order = 5 if candidate.kind == "pure" else 3
+            self._point(
+                axes, candidate, title, marker=marker, markersize=size, color=colour, zorder=order, markeredgewidth=0.7
+            )
+
+    def _front(self, axes: Any) -> None:
+        front = sorted((point.cost, point.divergence) for point in self.search.front if _drawable(point))  # type: ignore[type-var]
+        if front:
+            costs, divergences = zip(*front, strict=True)
+            style = {"color": LIGHT["accent"], "linewidth": 1.4, "alpha": 0.75, "zorder": 2}
+            axes.plot([value / self.scale for value in costs], divergences, drawstyle="steps-post", **style)
+
+    def _budgets(self, axes: Any) -> None:
+        for preset in self.presets:
+            if preset.budget_cost is None:
+                continue
+            at = preset.budget_cost / self.scale
+            axes.axvline(at, color=LIGHT["accent"], linewidth=1, linestyle=(0, (1, 3)), alpha=0.8, zorder=1)
+            share = "" if preset.budget_share is None else f" {preset.budget_share:g}"
+            style = {"ha": "center", "va": "bottom", "color": LIGHT["soft"], "size": 11}
+            axes.text(at, 1.01, f"budget{share}", transform=axes.get_xaxis_transform(), **style)
+
+    def _names(self, figure: Any, axes: Any) -> None:
+        """Name the presets and the pure placements, clear of the points and of each other."""
+        pure = [candidate for candidate in self.candidates if candidate.kind == "pure"]
+        named: list[tuple[Any, str, str]] = [(preset, preset.name, LIGHT["accent"]) for preset in self.presets]
+        named += [
+            (found, f"all {rarest(found.placement)}", self.palette.hex(rarest(found.placement))) for found in pure
+        ]
+        figure.draw_without_rendering()
+
+        def pixels(found: Any) -> tuple[float, float]:
+            x, y = axes.transData.transform((found.cost / self.scale, found.divergence))
+            return float(x), float(y)
+
+        labels = [Label(text, *pixels(found)) for found, text, _ in named]
+        obstacles = [pixels(found) for found in (*self.candidates, *self.presets)]
+        frame = axes.get_window_extent()
+        offsets = place_labels(labels, obstacles, (frame.x0, frame.y0, frame.x1, frame.y1))
+        for (found, text, colour), (dx, dy) in zip(named, offsets, strict=True):
+            anchor = (found.cost / self.scale, found.divergence)
+            axes.annotate(
+                text, anchor, (dx, dy), textcoords="offset points", color=colour, weight=600, zorder=7, va="center"
+            )
+
+
+def rarest(placement: str) -> str:
+    """The mixer of the fewest layers: what a single change changed."""
+    counts = Placement.parse(placement).counts()
+    return min(counts, key=lambda mixer: counts[mixer])
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Numbers as people write them, three to seven of them whatever the range."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    if axis.get_scale() == "log":
+        low, high = axis.get_view_interval()
+        decades = math.log10(high / low)
+        axis.set_major_locator(
+            LogLocator(subs=(1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 0.8 else range(1, 10))
+        )
+        axis.set_minor_formatter(NullFormatter())
+        axis.set_tick_params(which="minor", length=0)
+    axis.set_major_formatter(lambda value, _: number(value) if abs(value) >= 1e6 else f"{value:g}")
