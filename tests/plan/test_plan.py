@@ -47,7 +47,7 @@ def test_many_names_are_cut_short():
 def test_a_wrong_shape_or_dtype_is_named():
     with pytest.raises(ValueError, match=r"target 'a' is \[4, 6\] float32, but its expression yields \[6\] float32"):
         Plan({"b": B}, {"a": A}, {"a": Reference("b")})
-    with pytest.raises(ValueError, match="yields .* bfloat16"):
+    with pytest.raises(ValueError, match=r"yields .* bfloat16"):
         Plan({"a": A}, {"a": A}, {"a": Cast(Reference("a"), "bfloat16")})
 
 

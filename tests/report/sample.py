@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gearshift.report import (
     Candidate,
+    CostSpan,
     DominatedMixer,
     Environment,
     ExportCheck,
@@ -24,7 +25,6 @@ from gearshift.report import (
     TrainingRecord,
     write,
 )
-from gearshift.report.data import CostSpan
 from gearshift.spec.placement import Placement
 
 MIXERS = {

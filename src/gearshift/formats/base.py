@@ -7,16 +7,21 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from pydantic import ValidationError
 
-from gearshift.formats.fates import REQUIRED, RUNTIME_ONLY, Carried, Constant, Derived, Fate, Fixed, Mapped
+from gearshift.formats.fates import REQUIRED, RUNTIME_ONLY, Carried, Constant, Derived, Fate, Fixed, Mapped, WeightDtype
 from gearshift.formats.leaves import LAYER, flatten, leaves, set_at, value_at
 from gearshift.formats.native import NativeConfig, hint, sentence
 from gearshift.formats.tensors import Tensors
 from gearshift.plan import Plan, Schema
 from gearshift.spec import MIXERS, MLPS, BlockSpec, ModelSpec
+
+F = TypeVar("F")
+
+DEFAULT_DTYPE = "float32"
+"""The dtype of a config that does not say: it is transformers', until the weights are seen."""
 
 BLOCK = "layer"
 """The name of the block that all layers of an imported model have."""
@@ -89,7 +94,7 @@ class FamilyFormat(Format):
 
     def __post_init__(self) -> None:
         _once(f"key of the format {self.name!r}", [fate.key for fate in self.fates if not isinstance(fate, Fixed)])
-        stated = [*self._paths(Mapped), *(fate.path for fate in self.fates if isinstance(fate, Fixed))]
+        stated = [path for fate in self._of(Mapped) for path in fate.paths] + [fate.path for fate in self._of(Fixed)]
         _once(f"leaf in the format {self.name!r}", stated)
         reachable = leaves(self.mixer, self.mlp)
         for path in reachable:
@@ -102,50 +107,53 @@ class FamilyFormat(Format):
             if key not in self._keys and not self.ignored(key):
                 raise ValueError(f"the format {self.name!r} gives the key {key!r} of {self.config_class} no fate")
 
-    def _paths(self, *kinds: type[Fate]) -> list[str]:
-        return [path for fate in self.fates if isinstance(fate, kinds) for path in getattr(fate, "paths", ())]
+    def _of(self, kind: type[F]) -> list[F]:
+        """The fates of one kind."""
+        return [fate for fate in self.fates if isinstance(fate, kind)]
 
     @cached_property
-    def _keys(self) -> dict[str, Mapped | Constant | Derived | Carried]:
+    def _keys(self) -> dict[str, Fate]:
         return {fate.key: fate for fate in self.fates if not isinstance(fate, Fixed)}
 
     @cached_property
     def _class(self) -> Any:
         return None if self.config_class is None else _load(self.config_class)
 
+    @cached_property
+    def _defaults(self) -> dict[str, Any]:
+        """The family's default of every key that its config class has."""
+        return {} if self._class is None else {field.name: field.default for field in fields(self._class)}
+
     def _class_keys(self) -> list[str]:
         """Every key that the family's own definition knows, nested ones with a dot."""
         if self._class is None:
             return []
         nested = {key: get_type_hints(_load(path)) for key, path in (self.nested or {}).items() if path}
-        keys = [field.name for field in fields(self._class)]
-        return [
-            key if inner is None else f"{key}.{inner}" for key in keys for inner in (nested[key] if key in nested else [None])
-        ]
+        spread = {key: [f"{key}.{inner}" for inner in nested[key]] if key in nested else [key] for key in self._defaults}
+        return [name for names in spread.values() for name in names]
 
     # Reading.
 
     def to_native(self, raw: Mapping[str, Any]) -> NativeConfig:
         self._check_known(raw)
         values = self._resolve(raw)
+        for constant in self._of(Constant):
+            _check_constant(values.get(constant.key, constant.value), constant)
         tree: dict[str, Any] = {}
-        extras: dict[str, Any] = {}
-        for fate in self.fates:
-            if isinstance(fate, Fixed):
-                set_at(tree, fate.path, fate.value)
-            elif isinstance(fate, Mapped):
-                value = _look_up(values, fate)
-                for path in fate.paths:
-                    set_at(tree, path, value)
-            elif isinstance(fate, Carried) and values.get(fate.key) is not None:
-                extras[fate.extra] = values[fate.key]
-            elif isinstance(fate, Constant):
-                _check_constant(values.get(fate.key, fate.value), fate)
+        for fixed in self._of(Fixed):
+            set_at(tree, fixed.path, fixed.value)
+        for fate in self._of(Mapped):
+            value = _look_up(values, fate)
+            for path in fate.paths:
+                set_at(tree, path, value)
         spec = self._spec(tree)
-        for fate in self.fates:
-            if isinstance(fate, Derived) and values.get(fate.key) is not None:
-                self._check_derived(fate, values[fate.key], spec)
-        return NativeConfig(spec, values.get("dtype") or "float32", source={"format": self.name}, extras=extras)
+        for derived in self._of(Derived):
+            if values.get(derived.key) is not None:
+                self._check_derived(derived, values[derived.key], spec)
+        extras = {fate.extra: values[fate.key] for fate in self._of(Carried) if values.get(fate.key) is not None}
+        dtypes = [str(values[fate.key]) for fate in self._of(WeightDtype) if values.get(fate.key) is not None]
+        dtype = dtypes[0].removeprefix("torch.") if dtypes else DEFAULT_DTYPE
+        return NativeConfig(spec, dtype, source={"format": self.name}, extras=extras)
 
     def _check_known(self, raw: Mapping[str, Any]) -> None:
         aliases = self.aliases or {}
@@ -167,11 +175,10 @@ class FamilyFormat(Format):
             config = self._class(**copy.deepcopy({key: raw[key] for key in raw if not self.ignored(key)}))
         except Exception as error:  # the class checks values with whatever its code runs into
             raise ValueError(f"{self._class.__name__} does not accept it: {_flat(error)}") from None
-        own = {name: getattr(config, name) for name in {field.name for field in fields(self._class)}}
-        values = flatten({**raw, **own}, frozenset(self.nested or ()))
-        if values.get("dtype") is not None:
-            values["dtype"] = str(values["dtype"]).removeprefix("torch.")
-        return values
+        # What is carried is kept as it was written: the class adds to some of it.
+        carried = {fate.key: raw.get(fate.key, self._defaults.get(fate.key)) for fate in self._of(Carried)}
+        own = {name: getattr(config, name) for name in self._defaults}
+        return flatten({**raw, **own, **carried}, frozenset(self.nested or ()))
 
     def _spec(self, tree: dict[str, Any]) -> ModelSpec:
         layer = tree.pop(LAYER[:-1])
@@ -203,71 +210,63 @@ class FamilyFormat(Format):
     # Writing.
 
     def to_config(self, native: NativeConfig) -> dict[str, Any]:
-        self.check_expressible(native.spec)
+        self._check_expressible(native.spec)
         config: dict[str, Any] = {} if self.model_type is None else {"model_type": self.model_type}
-        for fate in self.fates:
-            if isinstance(fate, Mapped | Derived):
-                value = self._leaf(native.spec, fate.paths[0] if isinstance(fate, Mapped) else fate.path)
-                if value is not None or not (isinstance(fate, Mapped) and fate.omit_none):
-                    set_at(config, fate.key, list(value) if isinstance(value, tuple) else value)
-            elif isinstance(fate, Constant) and fate.write:
-                config[fate.key] = copy.copy(fate.value)
-            elif isinstance(fate, Carried) and (fate.extra in native.extras or self._has_default(fate.key)):
-                config[fate.key] = native.extras.get(fate.extra)
-        config["dtype"] = native.dtype
+        for fate in self._of(Mapped):
+            value = self._leaf(native.spec, fate.paths[0])
+            if value is not None or not fate.omit_none:
+                set_at(config, fate.key, list(value) if isinstance(value, tuple) else value)
+        for derived in self._of(Derived):
+            set_at(config, derived.key, self._leaf(native.spec, derived.path))
+        config |= {fate.key: copy.copy(fate.value) for fate in self._of(Constant) if fate.write}
+        for carried in self._of(Carried):
+            # Leaving out a key that the family has a default for would say something.
+            if carried.extra in native.extras or self._defaults.get(carried.key) is not None:
+                config[carried.key] = native.extras.get(carried.extra)
+        config |= {fate.key: native.dtype for fate in self._of(WeightDtype)}
         self._check_read_back(config, native.spec)
         return dict(sorted(config.items()))
 
-    def _has_default(self, key: str) -> bool:
-        """Whether leaving the key out would say something."""
-        return any(field.name == key and field.default is not None for field in fields(self._class or Carried))
-
-    def check_expressible(self, spec: ModelSpec) -> None:
+    def _check_expressible(self, spec: ModelSpec) -> None:
         """InexpressibleError with the first block and field that this family cannot say."""
-        first: tuple[str, BlockSpec] | None = None
-        for fate in self.fates:
-            if isinstance(fate, Fixed) and not fate.path.startswith(LAYER) and value_at(spec, fate.path) != fate.value:
-                raise self._inexpressible(f"{fate.path} is {value_at(spec, fate.path)!r}")
-        for name in dict.fromkeys(spec.decoder.layout):
-            block = spec.decoder.blocks[name]
-            self._check_block(name, block)
-            if first is None:
-                first = name, block
-            for path in self._paths(Mapped):
-                if path.startswith(LAYER):
-                    ours, other = _block_leaf(block, path), _block_leaf(first[1], path)
-                    if ours != other:
-                        leaf = path.removeprefix(LAYER)
-                        raise self._inexpressible(
-                            f"block {name!r} has {leaf} {ours!r} where block {first[0]!r} has {other!r}, and it has one "
-                            "for all layers"
-                        )
-        for fate in self.fates:
-            if isinstance(fate, Mapped) and len(values := {path: self._leaf(spec, path) for path in fate.paths}) > 1:
-                (one, value), *others = values.items()
-                for path, other in others:
-                    if other != value:
-                        raise self._inexpressible(
-                            f"block {spec.decoder.layout[0]!r} has {path.removeprefix(LAYER)} {other!r} and "
-                            f"{one.removeprefix(LAYER)} {value!r}, and it has one key, {fate.key!r}, for both"
-                        )
+        for fixed in self._of(Fixed):
+            if not fixed.path.startswith(LAYER) and value_at(spec, fixed.path) != fixed.value:
+                raise self._inexpressible(f"{fixed.path} is {value_at(spec, fixed.path)!r}")
+        names = list(dict.fromkeys(spec.decoder.layout))
+        for name in names:
+            self._check_block(name, spec.decoder.blocks[name])
+            self._check_alike(names[0], name, spec)
+        for fate in self._of(Mapped):
+            for path in fate.paths[1:]:
+                if self._leaf(spec, path) != self._leaf(spec, fate.paths[0]):
+                    raise self._inexpressible(
+                        f"block {names[0]!r} has {_short(path)} {self._leaf(spec, path)!r} and {_short(fate.paths[0])} "
+                        f"{self._leaf(spec, fate.paths[0])!r}, and it has one key, {fate.key!r}, for both"
+                    )
 
     def _check_block(self, name: str, block: BlockSpec) -> None:
         for part, kind in (("mixer", self.mixer), ("mlp", self.mlp)):
             found = getattr(block, part).type
             if found != kind:
-                advice = ": export one placement of it" if found == "stochastic" else ""
+                advice = " (export one placement of it)" if found == "stochastic" else ""
                 raise self._inexpressible(f"block {name!r} has {part}.type {found!r}{advice}")
-        for fate in self.fates:
-            paths = fate.paths if isinstance(fate, Mapped) else (fate.path,) if isinstance(fate, Fixed) else ()
-            for path in paths:
-                if path.startswith(LAYER):
-                    try:
-                        value = _block_leaf(block, path)
-                    except LookupError as error:
-                        raise self._inexpressible(f"block {name!r} has no {error.args[0]}") from None
-                    if isinstance(fate, Fixed) and value != fate.value:
-                        raise self._inexpressible(f"block {name!r} has {path.removeprefix(LAYER)} {value!r}")
+        for path in (path for fate in self._of(Mapped) for path in fate.paths if path.startswith(LAYER)):
+            try:
+                _block_leaf(block, path)
+            except LookupError as error:
+                raise self._inexpressible(f"block {name!r} has no {error.args[0]}") from None
+        for fixed in self._of(Fixed):
+            if fixed.path.startswith(LAYER) and (value := _block_leaf(block, fixed.path)) != fixed.value:
+                raise self._inexpressible(f"block {name!r} has {_short(fixed.path)} {value!r}")
+
+    def _check_alike(self, first: str, name: str, spec: ModelSpec) -> None:
+        for path in (path for fate in self._of(Mapped) for path in fate.paths if path.startswith(LAYER)):
+            one, other = (_block_leaf(spec.decoder.blocks[block], path) for block in (first, name))
+            if one != other:
+                raise self._inexpressible(
+                    f"block {name!r} has {_short(path)} {other!r} where block {first!r} has {one!r}, and it has one "
+                    "value for all layers"
+                )
 
     def _inexpressible(self, what: str) -> InexpressibleError:
         return InexpressibleError(f"the format {self.name!r} cannot express this model: {what}")
@@ -282,7 +281,7 @@ class FamilyFormat(Format):
             again = self.to_native(config).spec
         except ValueError as error:
             raise self._inexpressible(str(error)) from None
-        for path in self._paths(Mapped):
+        for path in (path for fate in self._of(Mapped) for path in fate.paths):
             if self._leaf(again, path) != self._leaf(spec, path):
                 raise self._inexpressible(
                     f"{path} {self._leaf(spec, path)!r} would be read back as {self._leaf(again, path)!r}"
@@ -295,6 +294,11 @@ class FamilyFormat(Format):
 
     def import_plan(self, spec: ModelSpec, target: Schema, source: Schema) -> Plan:
         return self.tensors.import_plan(spec, target, source)
+
+
+def _short(path: str) -> str:
+    """A leaf's path as it reads within a block."""
+    return path.removeprefix(LAYER)
 
 
 def _block_leaf(block: BlockSpec, path: str) -> Any:

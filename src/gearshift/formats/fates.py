@@ -25,9 +25,14 @@ class Mapped:
     """Whether the key is left out, instead of written as null, where the leaf is None."""
 
 
-def mapped(key: str, *paths: str, default: Any = REQUIRED, omit_none: bool = False) -> Mapped:
-    """`Mapped`, with the paths as plain arguments."""
-    return Mapped(key, paths, default, omit_none)
+def mapped(key: str, *paths: str, default: Any = REQUIRED) -> Mapped:
+    """A key that is always written."""
+    return Mapped(key, paths, default)
+
+
+def optional(key: str, *paths: str) -> Mapped:
+    """A key that is left out where the leaf is None."""
+    return Mapped(key, paths, default=None, omit_none=True)
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,13 @@ class Carried:
 
 
 @dataclass(frozen=True)
+class WeightDtype:
+    """The key that names the dtype of the weights. Where it is absent, the weights say it themselves."""
+
+    key: str
+
+
+@dataclass(frozen=True)
 class Fixed:
     """A leaf of the spec that the family has no key for: export fails unless it has this value."""
 
@@ -73,7 +85,7 @@ class Fixed:
     value: Any
 
 
-Fate = Mapped | Constant | Derived | Carried | Fixed
+Fate = Mapped | Constant | Derived | Carried | WeightDtype | Fixed
 
 
 RUNTIME_ONLY = frozenset(

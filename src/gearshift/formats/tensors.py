@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from gearshift.formats.leaves import value_at
-from gearshift.plan import Discard, Expression, Permute, Plan, Reference, Reshape, Schema, TensorInfo
+from gearshift.plan import Discard, Expression, Permute, Plan, Reference, Reshape, Schema, TensorInfo, references
 from gearshift.spec import BlockSpec, ModelSpec
 
 KEY = "{layer}"
@@ -120,9 +120,9 @@ class Tensors:
             # A tied checkpoint may have kept the shared tensor under the head's name alone.
             wanted = {str(theirs[1]) if name == theirs[0] else name: info for name, info in wanted.items()}
             expressions[self.embedding] = Reference(str(theirs[1]))
-        _check_present(wanted, source)
+        check_present(wanted, source)
         discards = tuple(self._discards(spec, wanted, source))
-        kept = {name: TensorInfo(info.shape, source[_reads(expressions[name])].dtype) for name, info in target.items()}
+        kept = {name: TensorInfo(info.shape, source[next(references(expressions[name]))].dtype) for name, info in target.items()}
         return Plan(source, kept, expressions, discards)
 
     def _discards(self, spec: ModelSpec, wanted: Mapping[str, Any], source: Schema) -> Iterable[Discard]:
@@ -140,13 +140,10 @@ class Tensors:
             yield Discard(name, reasons[0])
 
 
-def _reads(expression: Expression) -> str:
-    from gearshift.plan import references
-
-    return next(iter(references(expression)))
 
 
-def _check_present(wanted: Schema, source: Schema) -> None:
+def check_present(wanted: Schema, source: Schema) -> None:
+    """ValueError if `source` lacks a tensor of `wanted`, or has it in another shape."""
     for name, info in wanted.items():
         if name not in source:
             raise ValueError(f"the checkpoint lacks the tensor {name!r}, which its config asks for{_nearest(name, source)}")

@@ -78,9 +78,9 @@ def chunked_delta_rule(
 
 def _tokens_as_blocks(query: Tensor, writer: Tensor, key: Tensor, factor: Tensor) -> Block:
     """Blocks of one token each, from tensors [sequences, chunks, tokens, channels]."""
-    scores = (query * key).sum(-1)[..., None, None]
-    blocks = (x.unsqueeze(-2) for x in (query * factor, writer * factor, key, factor))
-    return Block(*blocks, scores, torch.ones_like(scores))
+    query, writer, key, factor = (x.unsqueeze(-2) for x in (query, writer, key, factor))
+    scores = query @ key.mT
+    return Block(query * factor, writer * factor, key, factor, scores, inverse=torch.ones_like(scores))
 
 
 def _merged(block: Block) -> Block:

@@ -69,12 +69,13 @@ def delta_rule(
     Starts from `state["recurrent"]` and writes it. Packed documents start from nothing.
     """
     initial = None if state is None else state.get("recurrent")
-    if value.shape[1] == 1:
-        output, final = recurrent_delta_rule(query, key, value, decay, beta, initial)
-    else:
-        query, key = _normalised(query, key, heads=value.shape[2])
-        lengths = context.document_lengths
-        output, final = chunked_delta_rule(query, key, value.float(), decay.float(), beta.float(), initial, lengths)
+    with torch.autocast(value.device.type, enabled=False):
+        if value.shape[1] == 1:
+            output, final = recurrent_delta_rule(query, key, value, decay, beta, initial)
+        else:
+            query, key = _normalised(query, key, heads=value.shape[2])
+            lengths = context.document_lengths
+            output, final = chunked_delta_rule(query, key, value.float(), decay.float(), beta.float(), initial, lengths)
     if state is not None:
         state["recurrent"] = final
     return output

@@ -28,9 +28,10 @@ from gearshift.plan.initialisers import (
     Normal,
     Uniform,
 )
-from gearshift.plan.plan import Discard, Plan
+from gearshift.plan.plan import Discard, Plan, difference
 from gearshift.plan.regions import Box
 from gearshift.plan.render import describe, render
+from gearshift.plan.rewrite import simplify, substitute
 
 __all__ = [
     "Box",
@@ -56,7 +57,10 @@ __all__ = [
     "TensorInfo",
     "Uniform",
     "describe",
+    "difference",
     "infer",
     "references",
     "render",
+    "simplify",
+    "substitute",
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gearshift.plan.expressions import Expression, Reference, Schema, infer, lookup
 from gearshift.plan.inverse import inverse_expressions
-from gearshift.plan.regions import Box, coalesce, describe_box, intersect, reads, subtract, volume, whole
+from gearshift.plan.regions import Box, coalesce, describe_box, intersect, reads, subtract, whole
 from gearshift.plan.rewrite import bind, simplify, substitute
 
 _NAMED_IN_ERRORS = 5
@@ -169,7 +169,7 @@ def _discarded_box(discard: Discard, plan: Plan, used: Mapping[str, set[Box]]) -
         if not inside:
             raise ValueError(f"the discard of {discard.name!r}: [{describe_box(box)}] is empty or outside {info}")
     for other in used[discard.name]:
-        if (common := intersect(box, other)) is not None and volume(common):
+        if (common := intersect(box, other)) is not None:
             raise ValueError(
                 f"{discard.name!r} is discarded ({discard.reason}) and used at [{describe_box(common)}]; "
                 "drop the discard, or limit its box to what is not used"

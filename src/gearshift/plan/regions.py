@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import pairwise, product
 
 from gearshift.plan.expressions import (
@@ -183,12 +184,12 @@ def _groups(left: tuple[int, ...], right: tuple[int, ...]) -> Iterator[tuple[sli
         yield slice(first_i, i), slice(first_j, j)
 
 
-def _regrouped(box: Box, shape: tuple[int, ...], source_shape: tuple[int, ...]) -> list[Box]:
+@lru_cache(maxsize=64)  # The layers of a model ask for the same few.
+def _regrouped(box: Box, shape: tuple[int, ...], source_shape: tuple[int, ...]) -> tuple[Box, ...]:
     if box == whole(shape):
-        return [whole(source_shape)]
-    return coalesce(
-        part for start, stop in _flat_ranges(box, shape) for part in _boxes_of_range(start, stop, source_shape)
-    )
+        return (whole(source_shape),)
+    ranges = _flat_ranges(box, shape)
+    return tuple(coalesce(part for start, stop in ranges for part in _boxes_of_range(start, stop, source_shape)))
 
 
 def _flat_ranges(box: Box, shape: tuple[int, ...]) -> Iterator[Interval]:

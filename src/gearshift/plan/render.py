@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass, field, fields
 
+from rich.filesize import decimal
 from rich.text import Text
 from rich.tree import Tree
 
@@ -154,5 +155,4 @@ def _spans(keys: list[str]) -> str:
 
 
 def _total(schema: Schema) -> str:
-    size = sum(info.bytes for info in schema.values())
-    return f"{len(schema)} tensors, {size / 1e9:,.3f} GB"
+    return f"{len(schema)} tensors, {decimal(sum(info.bytes for info in schema.values()))}"

@@ -1,7 +1,8 @@
-"""Numbers -> pictures and a self-contained page. Nothing here imports torch, and matplotlib waits for the first picture."""
+"""Numbers -> pictures and a self-contained page. No torch here; matplotlib is imported when a picture is drawn."""
 
 from gearshift.report.data import (
     Candidate,
+    CostSpan,
     DominatedMixer,
     Environment,
     ExportCheck,
@@ -22,6 +23,7 @@ from gearshift.report.page import render, write
 
 __all__ = [
     "Candidate",
+    "CostSpan",
     "DominatedMixer",
     "Environment",
     "ExportCheck",

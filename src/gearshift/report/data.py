@@ -123,9 +123,9 @@ class TrainingRecord(Spec):
     """Number of the step within its stage."""
     loss: Number
     """What was minimised."""
-    mixer_losses: dict[str, Number] = {}
+    mixer_losses: dict[str, Number] = Field(default_factory=dict)
     """Mixer -> its own loss, in a stage that trains each mixer by itself."""
-    loss_terms: dict[str, Number] = {}
+    loss_terms: dict[str, Number] = Field(default_factory=dict)
     """Term -> its value, in a stage whose loss is a weighted sum."""
     learning_rate: Number
     """Learning rate of this step."""
@@ -149,7 +149,7 @@ class LayerErrors(Spec):
 
     before: dict[str, tuple[Number, ...]]
     """Mixer -> error of each layer, before training."""
-    after: dict[str, tuple[Number, ...]] = {}
+    after: dict[str, tuple[Number, ...]] = Field(default_factory=dict)
     """Mixer -> error of each layer, after training."""
 
 
@@ -300,7 +300,7 @@ class Report(Spec):
     """The exported checkpoint's check."""
     generations: tuple[Generation, ...] = ()
     """What each placement wrote."""
-    settings: Annotated[dict[str, JsonValue], BeforeValidator(_plain)] = {}
+    settings: Annotated[dict[str, JsonValue], BeforeValidator(_plain)] = Field(default_factory=dict)
     """Every setting: the recipe, the seeds, the arguments."""
 
     @model_validator(mode="after")
@@ -331,8 +331,8 @@ class Report(Spec):
 
     def _placements(self) -> Iterator[str]:
         if self.search:
-            for found in (*self.search.candidates, *self.search.front, *self.search.presets):
-                yield found.placement
+            yield from (found.placement for found in (*self.search.candidates, *self.search.front))
+            yield from (preset.placement for preset in self.search.presets)
         if self.export:
             yield self.export.placement
         yield from (generation.placement for generation in self.generations)

@@ -149,7 +149,7 @@ class _Pareto:
         for candidate in self.candidates:
             if candidate.kind == "preset" and any(candidate.placement == preset.placement for preset in self.presets):
                 continue
-            mixer = rarest(candidate.placement)
+            mixer = self._mixer(candidate)
             colour = LIGHT["soft"] if candidate.kind in ("verified", "preset") else self.palette.hex(mixer)
             size, marker = {"pure": (11, "s"), "single change": (5, "o")}.get(candidate.kind, (6, "o"))
             title = f"{candidate.kind}, {mixer}" if candidate.kind == "single change" else candidate.kind
@@ -158,8 +158,13 @@ class _Pareto:
                 axes, candidate, title, marker=marker, markersize=size, color=colour, zorder=order, markeredgewidth=0.7
             )
 
+    def _mixer(self, candidate: Candidate) -> str:
+        """What a pure placement holds, and what a single change changed: its least used mixer but for the main one."""
+        counts = Placement.parse(candidate.placement).counts()
+        return min(counts, key=lambda mixer: (mixer == self.palette.main, counts[mixer]))
+
     def _front(self, axes: Any) -> None:
-        front = sorted((point.cost, point.divergence) for point in self.search.front if _drawable(point))  # type: ignore[type-var]
+        front = sorted((point.cost, point.divergence) for point in self.search.front if _drawable(point))
         if front:
             costs, divergences = zip(*front, strict=True)
             style = {"color": LIGHT["accent"], "linewidth": 1.4, "alpha": 0.75, "zorder": 2}
@@ -179,9 +184,7 @@ class _Pareto:
         """Name the presets and the pure placements, clear of the points and of each other."""
         pure = [candidate for candidate in self.candidates if candidate.kind == "pure"]
         named: list[tuple[Any, str, str]] = [(preset, preset.name, LIGHT["accent"]) for preset in self.presets]
-        named += [
-            (found, f"all {rarest(found.placement)}", self.palette.hex(rarest(found.placement))) for found in pure
-        ]
+        named += [(found, f"all {self._mixer(found)}", self.palette.hex(self._mixer(found))) for found in pure]
         figure.draw_without_rendering()
 
         def pixels(found: Any) -> tuple[float, float]:
@@ -195,14 +198,8 @@ class _Pareto:
         for (found, text, colour), (dx, dy) in zip(named, offsets, strict=True):
             anchor = (found.cost / self.scale, found.divergence)
             axes.annotate(
-                text, anchor, (dx, dy), textcoords="offset points", color=colour, weight=600, zorder=7, va="center"
+                text, anchor, (dx, dy), textcoords="offset points", color=colour, weight=700, zorder=7, va="center"
             )
-
-
-def rarest(placement: str) -> str:
-    """The mixer of the fewest layers: what a single change changed."""
-    counts = Placement.parse(placement).counts()
-    return min(counts, key=lambda mixer: counts[mixer])
 
 
 def _plain_ticks(axis: Any) -> None:

@@ -61,7 +61,7 @@ def _gear(report: Report, search: Search, preset: Preset, palette: Palette) -> H
     return tag(
         "article",
         tag("h3", preset.name),
-        tag("p", tag("b", percent(share)), f" of all-{report.main}’s cost", class_="figure"),
+        tag("p", tag("b", percent(share)), f" of all-{report.main}'s cost", class_="figure"),
         bar,
         facts(lines),
         strip(preset.placement, palette),
@@ -72,7 +72,7 @@ def _gear(report: Report, search: Search, preset: Preset, palette: Palette) -> H
 def _state(search: Search, preset: Preset, run: Generation | None) -> str | None:
     if preset.state_bytes is not None:
         share = ratio(preset.state_bytes, search.main_state_bytes)
-        return size(preset.state_bytes) + (f", {percent(share)} of all-main’s" if share is not None else "")
+        return size(preset.state_bytes) + (f", {percent(share)} of all-main's" if share is not None else "")
     return f"{size(run.state_bytes)} after {plural(run.tokens, 'token')}" if run else None
 
 
@@ -91,7 +91,7 @@ def front_section(report: Report, palette: Palette) -> Section | None:
         tag("figure", wide(picture, least=620)),
         note(
             "Lower left is better. Each point is an evaluated placement: squares hold one mixer in every layer, small "
-            "dots change one layer of all-main and have the new mixer’s colour, grey rings of the search’s proposals "
+            "dots change one layer of all-main and have the new mixer's colour, grey ones of the search's proposals "
             "were verified. The line is the front, the diamonds are the presets, and dotted lines are their budgets as "
             "shares of the cost span. The lowest step of the vertical scale is linear down to 0, the teacher itself."
         ),
@@ -104,7 +104,7 @@ def front_section(report: Report, palette: Palette) -> Section | None:
 def _search_words(search: Search) -> str:
     done, saved = search.layer_evaluations, search.layer_evaluations_saved
     words = (
-        f"{plural(len(search.candidates), 'placement')} were evaluated, {len(search.front):,} of them are on the front. "
+        f"{plural(len(search.candidates), 'placement')} evaluated, {len(search.front):,} of them on the front. "
         f"The cost is in {cost_unit_words(search)}."
     )
     if saved:

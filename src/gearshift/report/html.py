@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from html import escape
-from typing import Union
+from typing import TypeAlias
 
 VOID = frozenset({"br", "col", "hr", "meta"})
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
@@ -14,7 +14,8 @@ class Html(str):
     """Text that is markup already. Any other text is escaped on its way into a tag."""
 
 
-Child = Union[str, None, Iterable["Child"]]
+Child: TypeAlias = "str | Iterable[Child] | None"
+"""What a tag may hold: text, markup, nothing, or any of these one after another."""
 
 
 def markup(child: Child) -> Html:
@@ -28,7 +29,7 @@ def markup(child: Child) -> Html:
     return Html("".join(markup(item) for item in child))
 
 
-def tag(name: str, *children: Child, **attributes: str | bool | None) -> Html:
+def tag(name: str, /, *children: Child, **attributes: str | bool | None) -> Html:
     """An element. `class_` stands for `class`, `aria_label` for `aria-label`; None and False leave an attribute out."""
     written = "".join(_attribute(key, value) for key, value in attributes.items() if value not in (None, False))
     if name in VOID:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top."""
@@ -52,7 +53,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     """The heights moved apart to at least `gap`, in the same order and around the same middle."""
     order = sorted(range(len(heights)), key=lambda place: heights[place])
     moved = list(heights)
-    for below, above in zip(order, order[1:], strict=False):
+    for below, above in pairwise(order):
         moved[above] = max(moved[above], moved[below] + gap)
     shift = (sum(heights) - sum(moved)) / len(heights) if heights else 0.0
     return [height + shift for height in moved]

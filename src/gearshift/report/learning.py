@@ -6,7 +6,7 @@ from gearshift.report.html import Child, Html, tag
 from gearshift.report.numbers import change, count, duration, number
 from gearshift.report.palette import Palette
 from gearshift.report.parts import Section, note, plural, table, wide
-from gearshift.report.strips import dot, heat_map, legend
+from gearshift.report.strips import dot, heat_map
 
 
 def quality_section(report: Report, palette: Palette) -> Section | None:
@@ -15,8 +15,8 @@ def quality_section(report: Report, palette: Palette) -> Section | None:
     if not quality or not (quality.before or quality.after):
         return None
     judged = (
-        f"Every row runs one mixer in all {report.model.layers} layers, judged on {quality.tokens:,} held-out tokens in "
-        f"sequences of {quality.sequence_length:,}. Divergence is forward KL from the teacher in nats a token: "
+        f"Every row runs one mixer in all {report.model.layers} layers, judged on {quality.tokens:,} held-out tokens "
+        f"in sequences of {quality.sequence_length:,}. Divergence is forward KL from the teacher in nats a token: "
         "0 is the teacher itself."
     )
     title = "Before and after training" if quality.after else "The mixers by themselves"
@@ -117,8 +117,8 @@ def errors_section(report: Report, palette: Palette) -> Section | None:
     if not rows:
         return None
     words = (
-        "How far each mixer’s output is from the main mixer’s own, in each layer, when both see the teacher’s hidden "
-        "states: squared error over the output’s own square. 0 is exact, 1 is no better than silence; the scale is "
+        "How far each mixer's output is from the main mixer's own, in each layer, when both see the teacher's hidden "
+        "states: squared error over the output's own square. 0 is exact, 1 is no better than silence; the scale is "
         "logarithmic, and the mean of each row stands at its end."
     )
     return Section("errors", "Error of each layer", (tag("p", words), wide(heat_map(rows, palette), least=600)))

@@ -2,8 +2,9 @@
 
 import math
 
-MISSING = "–"
+MISSING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
+TIMES = "\N{MULTIPLICATION SIGN}"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -16,7 +17,7 @@ def number(value: float | None) -> str:
     size = abs(value)
     if size >= 1e6 or size < 1e-4:
         mantissa, exponent = f"{size:.2e}".split("e")
-        text = f"{float(mantissa):g} × 10{str(int(exponent)).translate(SUPERSCRIPTS)}"
+        text = f"{float(mantissa):g} {TIMES} 10{str(int(exponent)).translate(SUPERSCRIPTS)}"
     elif size >= 999.5:
         text = f"{size:,.0f}"
     else:

@@ -54,15 +54,17 @@ MIXERS = sum(name.startswith("mixer-") for name in LIGHT)
 class Palette:
     """Which colour each mixer has."""
 
+    main: str
+    """The main mixer."""
     roles: dict[str, str]
-    """Mixer -> name of its colour."""
+    """Mixer -> name of its colour, the main mixer first."""
 
     @classmethod
     def of(cls, mixers: Sequence[str], main: str) -> "Palette":
         """The main mixer without a hue, the others in order; more than there are hues share them in turn."""
         others = [mixer for mixer in mixers if mixer != main]
         roles = {mixer: f"mixer-{1 + place % (MIXERS - 1)}" for place, mixer in enumerate(others)}
-        return cls({main: "mixer-0", **roles})
+        return cls(main, {main: "mixer-0", **roles})
 
     def hex(self, mixer: str) -> str:
         """The colour on light, as figures draw with it; `svg.inline` then makes it follow the theme."""

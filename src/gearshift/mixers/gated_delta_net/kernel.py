@@ -1,4 +1,4 @@
-"""Gated DeltaNet's core on CUDA: flash-linear-attention's kernels, which also apply the gates and the L2 norms."""
+"""Gated DeltaNet's core on CUDA: flash-linear-attention's kernels, which also apply the gates and L2 norms."""
 
 import torch
 from torch import Tensor

@@ -1,0 +1,43 @@
+"""What both delta-rule mixers take from attention: its queries, keys, values and output, a head for a head."""
+
+import math
+from collections.abc import Mapping
+
+from gearshift.mixers.attention import AttentionSpec
+from gearshift.plan import Constant, Expression, Initialise, LastTap, Reference, Repeat, Reshape
+
+
+def check_heads(source: AttentionSpec, target: str, sizes: Mapping[str, int | None]) -> None:
+    """ValueError unless every size of the target, by its name, is the one of the attention that it starts from.
+
+    A delta rule has a state for each head of queries and reads it into the columns of that head in `o_proj`, so both
+    the number and the width of the heads are fixed by the weights.
+    """
+    for name, size in sizes.items():
+        given = "head_dim" if name.endswith("dim") else "heads"
+        if size != getattr(source, given):
+            raise ValueError(
+                f"a {target} with {name} {size} cannot start from attention with {given} {getattr(source, given)}: "
+                f"leave {name} out or use init: random"
+            )
+
+
+def head_for_head(source: AttentionSpec, hidden_size: int, conv_kernel: int) -> dict[str, Expression]:
+    """The projections, with shared keys and values repeated in place; the convolutions; the decay's rate.
+
+    Repeating in place keeps the query, key, value and output channels of a head together (query head h of grouped-query
+    attention reads KV head h // (heads / kv_heads)). A convolution starts as half the identity. A rate of 0.1 decays
+    slowly, as attention does not decay at all. The source's biases stay behind: the mixer has none.
+    """
+    assert source.kv_heads is not None, "a transfer needs a resolved spec"
+    assert source.head_dim is not None, "a transfer needs a resolved spec"
+    channels = source.heads * source.head_dim
+    made: dict[str, Expression] = {name: Reference(name) for name in ("q_proj.weight", "o_proj.weight")}
+    for name in ("k_proj.weight", "v_proj.weight"):
+        heads = Reshape(Reference(name), (source.kv_heads, source.head_dim, hidden_size))
+        repeated = Repeat(heads, 0, source.heads // source.kv_heads)
+        shared = source.kv_heads < source.heads
+        made[name] = Reshape(repeated, (channels, hidden_size)) if shared else Reference(name)
+    for name in "qkv":
+        made[f"{name}_conv.weight"] = Initialise(LastTap(0.5), (channels, 1, conv_kernel), "float32")
+    return made | {"A_log": Initialise(Constant(math.log(0.1)), (source.heads,), "float32")}

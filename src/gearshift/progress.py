@@ -1,0 +1,61 @@
+"""Progress for people: a bar with an estimate while a step runs, one line of result when it is done."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Advance = Callable[[float], None]
+
+
+def silent(amount: float) -> None:
+    """Progress that nobody watches."""
+
+
+@contextmanager
+def bar(console: Console, what: str, total: float) -> Iterator[Advance]:
+    """A progress bar over `total` units; the yielded function moves it on. Gone when the block ends."""
+    columns = (
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda amount: progress.advance(task, amount)
+
+
+@dataclass
+class Step:
+    """One finished or running step of a job."""
+
+    name: str
+    seconds: float = 0.0
+    result: str = ""
+
+
+@dataclass
+class Steps:
+    """The steps of a long job: numbered, timed, each with one line of result."""
+
+    console: Console
+    total: int
+    done: list[Step] = field(default_factory=list)
+
+    @contextmanager
+    def step(self, name: str, units: float) -> Iterator[tuple[Step, Advance]]:
+        """Run one step. Set the yielded step's `result` before the block ends."""
+        step = Step(name)
+        number = f"{len(self.done) + 1}/{self.total}"
+        started = time.perf_counter()
+        with bar(self.console, f"{number} {name}", units) as advance:
+            yield step, advance
+        step.seconds = time.perf_counter() - started
+        self.done.append(step)
+        self.console.print(f"[bold]{number} {name}[/bold]  [dim]{step.seconds:.1f} s[/dim]  {step.result}")
