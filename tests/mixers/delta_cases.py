@@ -38,8 +38,8 @@ def hidden(tokens: int, batch: int = 1, size: int = HIDDEN, seed: int = 1) -> Te
 
 
 def gradients(output: Tensor, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of a fixed random projection of `output`, with respect to every wanted tensor."""
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)
+    """Of a fixed random projection of `output`, the same in every dtype, with respect to every wanted tensor."""
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).bfloat16().to(output)
     return dict(zip(wanted, torch.autograd.grad((output * weights).sum(), list(wanted.values())), strict=True))
 
 

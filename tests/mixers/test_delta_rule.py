@@ -41,8 +41,8 @@ def check(made: list[Tensor], chunk_size: int = 64, tolerance: float = 1e-5) -> 
     actual = chunked(*made, chunk_size=chunk_size)
     for what, a, e in zip(("output", "state"), actual, expected, strict=True):
         assert_near(a, e, tolerance, what)
-    wanted = torch.autograd.grad(sum((x.square().sum() for x in expected)), made)
-    found = torch.autograd.grad(sum((x.square().sum() for x in actual)), made)
+    wanted = torch.autograd.grad(sum(x.square().sum() for x in expected), made)
+    found = torch.autograd.grad(sum(x.square().sum() for x in actual), made)
     for name, a, e in zip(NAMES, found, wanted, strict=True):
         assert_near(a, e, tolerance, name)
 

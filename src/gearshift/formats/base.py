@@ -39,14 +39,34 @@ class Format(ABC):
     """The `model_type` of its `config.json`; None if it has none."""
     writable: bool = True
     """Whether Gearshift exports to it."""
+    companions: ClassVar[Mapping[str, str]] = {}
+    """Files that a folder of this format needs to be loaded, by name. Most need none."""
 
     @abstractmethod
     def to_native(self, raw: Mapping[str, Any]) -> NativeConfig:
         """Read a config. ValueError that names the key if there is anything in it that we cannot say."""
 
     @abstractmethod
-    def to_config(self, native: NativeConfig) -> dict[str, Any]:
+    def express(self, native: NativeConfig) -> dict[str, Any]:
         """Write a config. InexpressibleError with the first block and field that the family cannot say."""
+
+    def to_config(self, native: NativeConfig) -> dict[str, Any]:
+        """As `express`; the error names the formats that could."""
+        try:
+            return self.express(native)
+        except InexpressibleError as error:
+            from gearshift.formats.registry import FORMATS
+
+            able = ", ".join(name for name, other in FORMATS.items() if other.can_express(native))
+            raise InexpressibleError(f"{error}; these formats can: {able}") from None
+
+    def can_express(self, native: NativeConfig) -> bool:
+        """Whether Gearshift can export the model to this format."""
+        try:
+            self.express(native)
+        except InexpressibleError:
+            return False
+        return True
 
     @abstractmethod
     def plan(self, spec: ModelSpec, target: Schema) -> Plan:
@@ -59,8 +79,14 @@ class Format(ABC):
         Raises ValueError for a missing, a misshapen or an extra tensor.
         """
 
+    def tied_copy(self, spec: ModelSpec, source: Schema) -> tuple[str, str] | None:
+        """The names, in a checkpoint, of the embeddings and of a head that must be their copy; None without one."""
+        return None
+
     def write_companions(self, folder: Path) -> None:
-        """Write what else a folder of this format needs to be loaded. Most need nothing."""
+        """Write what else a folder of this format needs to be loaded."""
+        for name, text in self.companions.items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -84,7 +110,7 @@ class FamilyFormat(Format):
     nested: Mapping[str, str | None] | None = None
     """Keys that hold mappings of keys: key -> the TypedDict, `module:attribute`, that says which, or None."""
     aliases: Mapping[str, str] | None = None
-    """Keys of older layouts that the config class translates: alias -> key. Those of a nested key hold the same keys."""
+    """Keys of older layouts that the config class translates: alias -> key."""
     writable: bool = True
     ignored: Callable[[str], bool] = RUNTIME_ONLY.__contains__
     """Whether a key says nothing of the model."""
@@ -129,7 +155,9 @@ class FamilyFormat(Format):
         if self._class is None:
             return []
         nested = {key: get_type_hints(_load(path)) for key, path in (self.nested or {}).items() if path}
-        spread = {key: [f"{key}.{inner}" for inner in nested[key]] if key in nested else [key] for key in self._defaults}
+        spread = {
+            key: [f"{key}.{inner}" for inner in nested[key]] if key in nested else [key] for key in self._defaults
+        }
         return [name for names in spread.values() for name in names]
 
     # Reading.
@@ -184,7 +212,7 @@ class FamilyFormat(Format):
         layer = tree.pop(LAYER[:-1])
         for part, registry, kind in (("mixer", MIXERS, self.mixer), ("mlp", MLPS, self.mlp)):
             try:
-                layer[part] = registry[kind].spec.model_validate(layer[part])
+                layer[part] = registry.parse({**layer[part], "type": kind})
             except ValidationError as error:
                 raise ValueError(self._where(f"{LAYER}{part}", error)) from None
         tree["decoder"] |= {"pattern": [BLOCK], "blocks": {BLOCK: layer}}
@@ -209,7 +237,9 @@ class FamilyFormat(Format):
 
     # Writing.
 
-    def to_config(self, native: NativeConfig) -> dict[str, Any]:
+    def express(self, native: NativeConfig) -> dict[str, Any]:
+        if not self.writable:
+            raise self._inexpressible("it is read, never written")
         self._check_expressible(native.spec)
         config: dict[str, Any] = {} if self.model_type is None else {"model_type": self.model_type}
         for fate in self._of(Mapped):
@@ -220,8 +250,7 @@ class FamilyFormat(Format):
             set_at(config, derived.key, self._leaf(native.spec, derived.path))
         config |= {fate.key: copy.copy(fate.value) for fate in self._of(Constant) if fate.write}
         for carried in self._of(Carried):
-            # Leaving out a key that the family has a default for would say something.
-            if carried.extra in native.extras or self._defaults.get(carried.key) is not None:
+            if carried.extra in native.extras or (carried.null and self._defaults.get(carried.key) is not None):
                 config[carried.key] = native.extras.get(carried.extra)
         config |= {fate.key: native.dtype for fate in self._of(WeightDtype)}
         self._check_read_back(config, native.spec)
@@ -294,6 +323,9 @@ class FamilyFormat(Format):
 
     def import_plan(self, spec: ModelSpec, target: Schema, source: Schema) -> Plan:
         return self.tensors.import_plan(spec, target, source)
+
+    def tied_copy(self, spec: ModelSpec, source: Schema) -> tuple[str, str] | None:
+        return self.tensors.tied_copy(spec, source)
 
 
 def _short(path: str) -> str:

@@ -63,6 +63,8 @@ class Carried:
 
     key: str
     name: str = ""
+    null: bool = False
+    """Whether null says something other than the family's default, so that it is written where nothing is kept."""
 
     @property
     def extra(self) -> str:

@@ -38,7 +38,7 @@ class RotaryPairs:
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor under our name and under theirs; `{layer}` stands for the layer's key in ours and its number in theirs."""
+    """One tensor under our name and under theirs; `{layer}` stands for the layer's number."""
 
     ours: str
     theirs: str
@@ -115,15 +115,25 @@ class Tensors:
         plan = self.plan(spec, target)
         expressions = dict(plan.expressions)
         wanted = dict(plan.source)
-        theirs = self.their_name(self.embedding), self.their_name(self.head)
-        if spec.tie_embeddings and theirs[0] not in source and theirs[1] in source:
+        embedding, head = self.their_name(self.embedding), self.their_name(self.head)
+        if spec.tie_embeddings and head is not None and embedding not in source and head in source:
             # A tied checkpoint may have kept the shared tensor under the head's name alone.
-            wanted = {str(theirs[1]) if name == theirs[0] else name: info for name, info in wanted.items()}
-            expressions[self.embedding] = Reference(str(theirs[1]))
+            wanted = {head if name == embedding else name: info for name, info in wanted.items()}
+            expressions[self.embedding] = Reference(head)
         check_present(wanted, source)
         discards = tuple(self._discards(spec, wanted, source))
-        kept = {name: TensorInfo(info.shape, source[next(references(expressions[name]))].dtype) for name, info in target.items()}
+        kept = {
+            name: TensorInfo(info.shape, source[next(references(expressions[name]))].dtype)
+            for name, info in target.items()
+        }
         return Plan(source, kept, expressions, discards)
+
+    def tied_copy(self, spec: ModelSpec, source: Schema) -> tuple[str, str] | None:
+        """Their names of the embeddings and of the head, where a tied checkpoint holds both."""
+        embedding, head = self.their_name(self.embedding), self.their_name(self.head)
+        if spec.tie_embeddings and embedding in source and head in source:
+            return str(embedding), str(head)
+        return None
 
     def _discards(self, spec: ModelSpec, wanted: Mapping[str, Any], source: Schema) -> Iterable[Discard]:
         head = self.their_name(self.head)
@@ -140,13 +150,13 @@ class Tensors:
             yield Discard(name, reasons[0])
 
 
-
-
 def check_present(wanted: Schema, source: Schema) -> None:
     """ValueError if `source` lacks a tensor of `wanted`, or has it in another shape."""
     for name, info in wanted.items():
         if name not in source:
-            raise ValueError(f"the checkpoint lacks the tensor {name!r}, which its config asks for{_nearest(name, source)}")
+            raise ValueError(
+                f"the checkpoint lacks the tensor {name!r}, which its config asks for{_nearest(name, source)}"
+            )
         if source[name].shape != info.shape:
             raise ValueError(
                 f"the tensor {name!r} has the shape {list(source[name].shape)}, but the config asks for "

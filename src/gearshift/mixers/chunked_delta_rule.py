@@ -3,15 +3,13 @@
 Within a chunk that starts from the state S, the rows that are written to the state and the outputs are linear in S
 (the WY form of arXiv 2406.06484, with decays as in 2412.06464 and 2510.26692):
 
-    written = T (beta v - (beta k decayed) S)        output = (q decayed) S + P written
+    (I + L) written = beta v - (beta k decayed) S        output = (q decayed) S + P written
 
-P_ij and the matrix whose inverse T is, I + L, are causal scores sum_c x_ic k_jc exp(g_(j+1)c + ... + g_ic). Splitting
-that exponential into exp(G_i) exp(-G_j) overflows for strong decays. Here a chunk is built up by merging neighbouring
-blocks of 1, 2, 4, ... tokens: queries are decayed from the start of their block, keys to the end of theirs, so
-that the scores between two neighbours are one plain product. A factor is never larger than one and never divided by,
-hence no decay, however strong, gives anything but a small relative error. The inverse grows along with the scores:
-
-    [[I + L1, 0], [X, I + L2]]^-1 = [[T1, 0], [-T2 X T1, T2]]
+L and P are causal scores sum_c x_ic k_jc exp(g_(j+1)c + ... + g_ic) of the writers beta k and of the queries. Splitting
+that exponential into exp(G_i) exp(-G_j) overflows for strong decays, and the difference G_i - G_j of long sums is
+inexact. So nothing is ever split: with a decay a head the exponents are summed up for every pair of tokens, with a
+decay a channel a chunk is built up by merging neighbouring blocks (`_Block`). Factors are at most one and never
+divided by, hence any decay, however strong, gives a small relative error.
 """
 
 from collections.abc import Sequence
@@ -22,24 +20,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK_SIZE = 64
-"""Tokens of a chunk, a power of two. See benchmarks: 32 and 64 are equally fast on a CPU, 16 is slower."""
+"""Tokens of a chunk, a power of two. On a CPU 32 and 64 are equally fast and 16 is slower; 64 scans fewer chunks."""
 
 
-class Block(NamedTuple):
-    """Blocks of neighbouring tokens, leading dimensions [sequences, chunks, blocks]."""
+class _Block(NamedTuple):
+    """Blocks of neighbouring tokens. [..., tokens, key_dim], where the scores are [..., tokens, tokens]."""
 
     query: Tensor
-    """[..., tokens, key_dim], decayed from the start of the block."""
+    """Decayed from the start of the block, the token's own decay included."""
     writer: Tensor
-    """[..., tokens, key_dim], the keys times beta, decayed from the start of the block."""
+    """The keys times beta, decayed like the query."""
     key: Tensor
-    """[..., tokens, key_dim], decayed to the end of the block."""
+    """Decayed to the end of the block."""
     factor: Tensor
     """[..., 1, key_dim or 1], the decay over the whole block."""
     scores: Tensor
-    """[..., tokens, tokens], P: how much of each written row each query reads."""
-    inverse: Tensor
-    """[..., tokens, tokens], T."""
+    """P: how much of each written row each query reads."""
+    coupling: Tensor
+    """L below the diagonal: how much of each written row each later writer takes back. The diagonal is not used."""
 
 
 def chunked_delta_rule(
@@ -64,11 +62,14 @@ def chunked_delta_rule(
     layout = _Layout(lengths or [tokens], chunk_size)
     query, key, value, decay, beta = (layout.chunked(x) for x in (query, key, value, decay, beta[..., None]))
 
-    chunk = _merged(_tokens_as_blocks(query, beta * key, key, decay.exp()))
+    build = _decayed_by_head if decay.shape[-1] == 1 else _decayed_by_channel
+    chunk = build(query, beta * key, key, decay)
     # Everything that is written, as a function of the state at the chunk's start: written = fresh - seen @ state.
-    fresh, seen = (chunk.inverse @ torch.cat((beta * value, chunk.writer), -1)).split((value_dim, key_dim), -1)
-    added, removed = (chunk.key.mT @ torch.cat((fresh, seen), -1)).split((value_dim, key_dim), -1)
-    kept = torch.diag_embed(chunk.factor.squeeze(-2).expand(*chunk.key.shape[:-2], key_dim)) - removed
+    inputs = torch.cat((beta * value, chunk.writer), -1)
+    written = torch.linalg.solve_triangular(chunk.coupling, inputs, upper=False, unitriangular=True)
+    fresh, seen = written.split((value_dim, key_dim), -1)
+    added, removed = (chunk.key.mT @ written).split((value_dim, key_dim), -1)
+    kept = torch.diag_embed(chunk.factor.squeeze(-2).expand(*removed.shape[:-1])) - removed
 
     state = value.new_zeros(batch, heads, key_dim, value_dim) if initial_state is None else initial_state.float()
     states, final = _scan(kept, added, state.flatten(0, 1), layout.starts)
@@ -76,28 +77,45 @@ def chunked_delta_rule(
     return layout.unchunked(output, batch), final.unflatten(0, (batch, heads))
 
 
-def _tokens_as_blocks(query: Tensor, writer: Tensor, key: Tensor, factor: Tensor) -> Block:
-    """Blocks of one token each, from tensors [sequences, chunks, tokens, channels]."""
-    query, writer, key, factor = (x.unsqueeze(-2) for x in (query, writer, key, factor))
-    scores = query @ key.mT
-    return Block(query * factor, writer * factor, key, factor, scores, inverse=torch.ones_like(scores))
+def _decayed_by_head(query: Tensor, writer: Tensor, key: Tensor, decay: Tensor) -> _Block:
+    """One block a chunk, from tensors [sequences, chunks, tokens, channels] with one log decay a token."""
+    tokens = decay.shape[-2]
+    below = torch.ones(tokens, tokens, dtype=torch.bool, device=decay.device).tril(-1)
+    # [..., i, j]: the sum over the tokens after j up to i, each sum on its own.
+    sums = decay.expand(*decay.shape[:-1], tokens).masked_fill(~below, 0).cumsum(-2)
+    pairs = sums.exp().tril()
+    from_start = decay.cumsum(-2).exp()
+    transposed = key.mT
+    return _Block(
+        query=query * from_start,
+        writer=writer * from_start,
+        key=key * pairs[..., -1, :, None],
+        factor=from_start[..., -1:, :],
+        scores=(query @ transposed) * pairs,
+        coupling=(writer @ transposed) * pairs,
+    )
 
 
-def _merged(block: Block) -> Block:
-    """One block a chunk, by merging neighbours until none are left; the blocks' dimension is dropped."""
-    while block.key.shape[-3] > 1:
-        early, late = (Block(*side) for side in zip(*map(_neighbours, block), strict=True))
-        key = early.key.mT
-        coupling = late.inverse @ (late.writer @ key) @ early.inverse
-        block = Block(
+def _decayed_by_channel(query: Tensor, writer: Tensor, key: Tensor, decay: Tensor) -> _Block:
+    """One block a chunk, from tensors [sequences, chunks, tokens, channels] with a log decay a token and channel.
+
+    Blocks of 1, 2, 4, ... tokens are merged: with queries decayed from the start of the later block and keys to the end
+    of the earlier one, all scores between the two are one plain product.
+    """
+    query, writer, key, factor = (x.unsqueeze(-2) for x in (query, writer, key, decay.exp()))
+    blocks = _Block(query * factor, writer * factor, key, factor, query @ key.mT, writer @ key.mT)
+    while blocks.key.shape[-3] > 1:
+        early, late = (_Block(*side) for side in zip(*map(_neighbours, blocks), strict=True))
+        transposed = early.key.mT
+        blocks = _Block(
             query=torch.cat((early.query, late.query * early.factor), -2),
             writer=torch.cat((early.writer, late.writer * early.factor), -2),
             key=torch.cat((early.key * late.factor, late.key), -2),
             factor=early.factor * late.factor,
-            scores=_lower(early.scores, late.query @ key, late.scores),
-            inverse=_lower(early.inverse, -coupling, late.inverse),
+            scores=_lower(early.scores, late.query @ transposed, late.scores),
+            coupling=_lower(early.coupling, late.writer @ transposed, late.coupling),
         )
-    return Block(*(x.squeeze(-3) for x in block))
+    return _Block(*(x.squeeze(-3) for x in blocks))
 
 
 def _neighbours(blocks: Tensor) -> tuple[Tensor, ...]:

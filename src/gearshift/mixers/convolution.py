@@ -52,7 +52,7 @@ def _convolved(x: Tensor, weight: Tensor, context: MixContext | None) -> Tensor:
 
 
 def causal_convolution(x: Tensor, weight: Tensor, places: Tensor | None = None) -> Tensor:
-    """A causal depthwise convolution in plain PyTorch: x [batch, tokens, channels], weight [channels, 1, taps], float32.
+    """A causal depthwise convolution in plain float32: x [batch, tokens, channels] with weight [channels, 1, taps].
 
     `places` [tokens] counts the tokens before each one in its document: taps that would reach further back see zeros.
     """

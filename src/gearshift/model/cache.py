@@ -83,6 +83,11 @@ class GearshiftCache(Cache):
             layer.seen += tokens
 
     @property
+    def batch(self) -> int:
+        """How many sequences the states are of; 1 before the first token."""
+        return next((tensor.shape[0] for state in self.states for tensor in state.tensors.values()), 1)
+
+    @property
     def bytes(self) -> int:
         """The size of all states now, in bytes."""
         return sum(state.bytes for state in self.states)

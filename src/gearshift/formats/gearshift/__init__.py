@@ -1,8 +1,7 @@
 """Gearshift's own format: everything a spec can say, and the only one that holds supernets and presets."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from gearshift.formats.base import Format
 from gearshift.formats.native import MODEL_TYPE, STUB, NativeConfig
@@ -10,7 +9,7 @@ from gearshift.formats.tensors import check_present
 from gearshift.plan import Plan, Reference, Schema, TensorInfo
 from gearshift.spec import ModelSpec
 
-STUB_CODE = '''"""Loads this checkpoint with `trust_remote_code=True`. The model's code is in the package `gearshift`."""
+STUB_CODE = '''"""Loads this checkpoint with `trust_remote_code=True`. Its code is in the package `gearshift`."""
 
 try:
     from gearshift.model import GearshiftConfig, GearshiftForCausalLM
@@ -28,11 +27,12 @@ class NativeFormat(Format):
 
     name = "gearshift"
     model_type = MODEL_TYPE
+    companions: ClassVar[Mapping[str, str]] = {STUB: STUB_CODE}
 
     def to_native(self, raw: Mapping[str, Any]) -> NativeConfig:
         return NativeConfig.from_json_dict(raw)
 
-    def to_config(self, native: NativeConfig) -> dict[str, Any]:
+    def express(self, native: NativeConfig) -> dict[str, Any]:
         return native.to_json_dict()
 
     def plan(self, spec: ModelSpec, target: Schema) -> Plan:
@@ -44,9 +44,6 @@ class NativeFormat(Format):
             raise ValueError(f"the checkpoint holds a tensor {extra[0]!r} that its config has no place for")
         kept = {name: TensorInfo(info.shape, source[name].dtype) for name, info in target.items()}
         return Plan(source, kept, {name: Reference(name) for name in kept})
-
-    def write_companions(self, folder: Path) -> None:
-        (folder / STUB).write_text(STUB_CODE, encoding="utf-8")
 
 
 FORMAT = NativeFormat()

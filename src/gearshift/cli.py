@@ -1,0 +1,208 @@
+"""The command line: one function a verb."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gearshift.arguments import Command, run
+
+app = typer.Typer(
+    name="gearshift",
+    help="One checkpoint, many speeds: give a pretrained language model several token mixers a layer.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A model folder, a .gguf file, or a hub name such as org/name.")]
+TextFile = Annotated[Path, typer.Option("--text", help="A text file, or a folder of them.")]
+Placements = Annotated[
+    list[str], typer.Option("--placement", help="A preset, a list such as `attention*3,gdn*27`, or `@file.json`.")
+]
+OnePlacement = Annotated[
+    str | None, typer.Option("--placement", help="A preset, a list such as `attention*3,gdn*27`, or `@file.json`.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, `stages.0.steps=50`.")]
+
+
+@app.command(cls=Command)
+def convert(
+    source: Annotated[str, typer.Argument(help="A model folder, a .gguf file, or a hub name. Its format is detected.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    surgery: Annotated[list[Path] | None, typer.Option("--surgery", help="YAML files of edits, in order.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="The dtype of all weights; the source's if left out.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan as a tree, read and write nothing.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a checkpoint into a Gearshift one, changed by surgeries."""
+    from gearshift.conversion import convert as plan_conversion
+    from gearshift.plan import render
+    from gearshift.progress import bar
+    from gearshift.surgery import load_surgery
+
+    conversion = plan_conversion(source, [load_surgery(path) for path in surgery or []], dtype)
+    if dry_run:
+        out.print(render(conversion.plan))
+        return
+    with bar(err, f"writing {target}", conversion.bytes) as advance:
+        conversion.write(target, overwrite, advance)
+    out.print(f"{target}: {conversion.bytes / 1e9:.3g} GB, {conversion.checkpoint.format.name} -> gearshift")
+
+
+@app.command(cls=Command)
+def info(
+    model: Model,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Print the complete, explicit config.")] = False,
+) -> None:
+    """Show what is in a checkpoint: blocks, pattern, parameters, state, presets."""
+    from gearshift.formats import open_checkpoint
+    from gearshift.inspect import summary
+
+    checkpoint = open_checkpoint(model)
+    if resolved:
+        print(json.dumps(checkpoint.native.to_json_dict(), indent=2))
+    else:
+        out.print(summary(checkpoint))
+
+
+@app.command(cls=Command)
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    overrides: Overrides = None,
+) -> None:
+    """Distil a supernet by a recipe. Run again, it goes on from its last checkpoint."""
+    from gearshift.progress import bar
+    from gearshift.train import StepRecord, load_recipe
+    from gearshift.train import train as run_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    with bar(err, "training", settings.total_steps) as advance:
+        done = 0
+
+        def watch(record: object) -> None:
+            nonlocal done
+            if isinstance(record, StepRecord):
+                advance(record.global_step + 1 - done)
+                done = record.global_step + 1
+
+        result = run_recipe(settings, watch)
+    if result.already_finished:
+        out.print(f"{result.model}: this run was finished before, nothing is left to do")
+    else:
+        resumed = "" if result.resumed_at is None else f", resumed at step {result.resumed_at}"
+        out.print(f"{result.model}: {result.steps} steps{resumed}")
+
+
+@app.command("eval", cls=Command)
+def evaluate(
+    model: Model,
+    placement: Placements,
+    text: TextFile,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence; at most 1024 if left out.")] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="At most this many sequences of the text.")] = 16,
+    skip: Annotated[int, typer.Option(min=0, help="Positions at the start of each sequence that do not count.")] = 0,
+    stride: Annotated[int, typer.Option(min=1, help="Judge every so many positions.")] = 1,
+) -> None:
+    """Measure placements: divergence from the teacher, perplexity, agreement, and what a token costs."""
+    from gearshift.conversion import load
+    from gearshift.data import load_sequences, read_text
+    from gearshift.evaluate import Judge, JudgeSettings
+    from gearshift.model import cost_table
+    from gearshift.progress import bar
+
+    content = read_text(text)
+    loaded, tokenizer = load(model)
+    chosen = [loaded.placement(value) for value in placement]
+    length = sequence_length or min(1024, loaded.spec.max_positions)
+    held_out = load_sequences(content, tokenizer, length, sequences)
+    judge = Judge(loaded, held_out, JudgeSettings(skip=skip, stride=stride))
+    with bar(err, "evaluating", judge.planned(chosen)) as advance:
+        scores = judge.score(chosen, advance)
+    costs = cost_table(loaded.spec, str(loaded.dtype).removeprefix("torch."))
+    rows = [
+        {
+            "name": name,
+            "placement": str(score.placement),
+            "divergence": score.divergence,
+            "perplexity": score.perplexity,
+            "agreement": score.agreement,
+            "cost": costs.of(score.placement),
+        }
+        for name, score in zip(placement, scores, strict=True)
+    ]
+    if as_json:
+        print(json.dumps({"positions": judge.positions, "cost_unit": costs.unit, "scores": rows}, indent=2))
+        return
+    table = Table(box=None, caption=f"{judge.positions:,} positions, sequences of {length} tokens; {costs.unit}")
+    for column in ("placement", "divergence", "perplexity", "agreement", "MB a token"):
+        table.add_column(column, justify="left" if column == "placement" else "right")
+    for row in rows:
+        numbers = (f"{row['divergence']:.4f}", f"{row['perplexity']:.3f}", f"{row['agreement']:.1%}")
+        table.add_row(str(row["name"]), *numbers, f"{float(row['cost']) / 1e6:,.1f}")
+    out.print(table)
+
+
+@app.command(cls=Command)
+def export(
+    model: Model,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    placement: OnePlacement = None,
+    format: Annotated[str, typer.Option("--format", help="`auto`, `gearshift`, or a family such as `llama`.")] = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write one placement of a model as a checkpoint of its own."""
+    from gearshift.conversion import export as plan_export
+    from gearshift.progress import bar
+
+    conversion = plan_export(model, placement, format)
+    with bar(err, f"writing {target}", conversion.bytes) as advance:
+        conversion.write(target, overwrite, advance)
+    why = f": {conversion.reason}" if conversion.reason else ""
+    out.print(f"{target}: {conversion.bytes / 1e9:.3g} GB, format {conversion.format}{why}")
+
+
+@app.command(cls=Command)
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.")],
+    placement: OnePlacement = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+) -> None:
+    """Continue a prompt under a placement."""
+    import torch
+
+    from gearshift.conversion import load
+    from gearshift.generation import write
+
+    loaded, tokenizer = load(model)
+    chosen = loaded.placement(placement)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    written = write(loaded, tokenizer, prompt, chosen, max_new_tokens, **sampling)
+    print(prompt + written.text)
+    err.print(
+        f"{written.tokens} tokens, {written.tokens_per_second:.1f} tokens/s, state {written.state_bytes / 1e6:.2f} MB,"
+        f" placement {written.placement}",
+        style="dim",
+        highlight=False,
+    )
+
+
+def main() -> None:
+    """The `gearshift` command."""
+    sys.exit(run(app))
+
+
+if __name__ == "__main__":
+    main()

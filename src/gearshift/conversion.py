@@ -1,0 +1,171 @@
+"""From a checkpoint to a supernet and from a supernet to any of its placements: `convert`, `export`, `load`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from gearshift.formats import FORMATS, Checkpoint, NativeConfig, choose_format, open_checkpoint, write_checkpoint
+from gearshift.formats.documents import read_json, write_json
+from gearshift.model import GearshiftConfig, GearshiftForCausalLM
+from gearshift.plan import Plan
+from gearshift.plan.execute import materialise
+from gearshift.progress import Advance
+from gearshift.spec import ModelSpec, resolve_placement
+from gearshift.spec.parts import DTYPE_BYTES
+from gearshift.surgery import Surgery, operate, prune
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint about to become another one: all is checked, nothing is read."""
+
+    checkpoint: Checkpoint
+    native: NativeConfig
+    """What the result will be."""
+    plan: Plan
+    """From the checkpoint's own tensors to the result's."""
+    config: dict[str, Any]
+    """The result's `config.json`."""
+    format: str
+    """The result's format."""
+    seed: int = 0
+    reason: str = ""
+    """Why this format was chosen, where nobody named one."""
+
+    @property
+    def bytes(self) -> int:
+        """The size of the result's tensors."""
+        return sum(info.bytes for info in self.plan.target.values())
+
+    def write(self, out: str | Path, overwrite: bool = False, progress: Advance | None = None) -> None:
+        """Write the result to the folder `out`. Whole or not at all; run again, it goes on (see `write_checkpoint`)."""
+
+        def extras(folder: Path) -> None:
+            self.checkpoint.copy_extras(folder)
+            FORMATS[self.format].write_companions(folder)
+
+        write_checkpoint(
+            Path(out),
+            plan=self.plan,
+            source=self.checkpoint.source,
+            config=self.config,
+            extras=extras,
+            overwrite=overwrite,
+            seed=self.seed,
+            fingerprint=self.checkpoint.fingerprint,
+            progress=progress,
+        )
+
+
+def convert(source: str | Path, surgeries: Sequence[Surgery] = (), dtype: str | None = None) -> Conversion:
+    """Plan the conversion of a checkpoint of any format to a Gearshift one, changed by surgeries.
+
+    Args:
+        source: a folder, a .gguf file or a hub name.
+        surgeries: what to change, in order.
+        dtype: of all weights; the source's if None.
+
+    Raises FileNotFoundError or ValueError, before any weight is read, for what is wrong with either.
+    """
+    if dtype is not None and dtype not in DTYPE_BYTES:
+        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPE_BYTES)}")
+    checkpoint = open_checkpoint(source)
+    spec, plan = operate(checkpoint.native.spec, checkpoint.schema, surgeries, dtype)
+    native = replace(_with_spec(checkpoint.native, spec), dtype=dtype or checkpoint.native.dtype)
+    return Conversion(
+        checkpoint, native, checkpoint.plan.compose(plan), native.to_json_dict(), "gearshift", _seed(surgeries)
+    )
+
+
+def export(model: str | Path, placement: str | None = None, format: str = "auto") -> Conversion:
+    """Plan the export of a model, pruned to one placement, to a checkpoint of its own.
+
+    Args:
+        model: a folder, a .gguf file or a hub name.
+        placement: what to prune to; may be None only where there is nothing to choose.
+        format: `auto`, or a format's name. `auto` takes a native transformers class if one can express the placement.
+
+    Raises ValueError if the placement does not fit, or if the format cannot express it.
+    """
+    if format != "auto" and format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}: choose auto, {', '.join(FORMATS)}")
+    checkpoint = open_checkpoint(model)
+    native, plan = checkpoint.native, checkpoint.plan
+    if placement is None and native.spec.is_supernet:
+        presets = ", ".join(native.presets) or "none yet"
+        raise ValueError(f"this model offers a choice of mixers: name a --placement (its presets: {presets})")
+    chosen = resolve_placement(placement, native.presets, native.spec.choices) if placement else native.spec.main
+    spec, pruning = prune(native.spec, checkpoint.schema, chosen)
+    native = replace(native, spec=spec, presets={}, default_preset=None)
+    plan = plan.compose(pruning)
+    target, reason = choose_format(native) if format == "auto" else (FORMATS[format], "")
+    config = target.to_config(native)
+    if target.name != "gearshift":
+        plan = plan.compose(target.plan(spec, plan.target).invert())
+    return Conversion(checkpoint, native, plan, config, target.name, 0, reason)
+
+
+def load(source: str | Path, dtype: str | None = None) -> tuple[GearshiftForCausalLM, Any]:
+    """A model of any format in memory, in evaluation mode, and its tokenizer. Gearshift folders load as they are."""
+    checkpoint = open_checkpoint(source)
+    wanted = getattr(torch, dtype or checkpoint.native.dtype)
+    if checkpoint.format.name == "gearshift":
+        model = GearshiftForCausalLM.from_pretrained(checkpoint.path, dtype=wanted)
+    else:
+        model = _in_memory(checkpoint).to(wanted)
+    return model.eval(), load_tokenizer(checkpoint)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer. ValueError if it has none."""
+    with TemporaryDirectory() as folder:
+        checkpoint.copy_extras(Path(folder))
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{checkpoint.path} has no tokenizer that can be loaded: {str(error).splitlines()[0]}") from None
+
+
+def save_presets(folder: str | Path, presets: dict[str, Any], default: str | None = None) -> None:
+    """Name placements in a Gearshift checkpoint's config, beside those it has. ValueError if one does not fit."""
+    path = Path(folder) / "config.json"
+    native = NativeConfig.from_json_dict(read_json(path))
+    native = replace(native, presets={**native.presets, **presets}, default_preset=default or native.default_preset)
+    fresh = path.with_name(".config.json.partial")
+    write_json(fresh, native.to_json_dict())
+    fresh.replace(path)
+
+
+def _in_memory(checkpoint: Checkpoint) -> GearshiftForCausalLM:
+    native = checkpoint.native
+    with torch.device("meta"):
+        model = GearshiftForCausalLM(GearshiftConfig(native.spec, source=native.source, **native.extras))
+    weights = {name: tensor.clone() for name, tensor in materialise(checkpoint.plan, checkpoint.source).items()}
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    return model
+
+
+def _with_spec(native: NativeConfig, spec: ModelSpec) -> NativeConfig:
+    """The config with another spec, and those presets that still fit it."""
+    kept = {}
+    for name, placement in native.presets.items():
+        try:
+            kept[name] = placement.validate(spec.choices)
+        except ValueError:
+            continue
+    default = native.default_preset if native.default_preset in kept else None
+    return replace(native, spec=spec, presets=kept, default_preset=default)
+
+
+def _seed(surgeries: Sequence[Surgery]) -> int:
+    seeds = {surgery.seed for surgery in surgeries}
+    if len(seeds) > 1:
+        raise ValueError(f"the surgeries name different seeds, {sorted(seeds)}: one conversion has one")
+    return seeds.pop() if seeds else 0
+

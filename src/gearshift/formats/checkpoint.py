@@ -1,0 +1,158 @@
+"""Opening a checkpoint of any format, and choosing a format to export to."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gearshift.formats.base import Format, InexpressibleError
+from gearshift.formats.documents import copy_documents, read_json
+from gearshift.formats.folder import SafetensorsSource
+from gearshift.formats.native import NativeConfig
+from gearshift.formats.registry import FORMATS
+from gearshift.plan import Plan, Schema
+from gearshift.plan.execute import Source
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model")
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+_COMPARED_AT_ONCE = 1 << 24
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose config and tensor names, shapes and dtypes are known and fit; no weight has been read."""
+
+    path: Path
+    """The folder or the file."""
+    format: Format
+    native: NativeConfig
+    """Its config as ours."""
+    source: Source
+    """Its tensors, under its own names."""
+    plan: Plan
+    """From its tensors to ours, dtypes kept."""
+    fingerprint: str
+    """Tells its contents from others, cheaply: by the names, sizes, times of change and headers of its files."""
+    _copy: Callable[[Path], None]
+
+    @property
+    def schema(self) -> Schema:
+        """Its tensors under our names."""
+        return self.plan.target
+
+    def copy_extras(self, out: Path) -> None:
+        """Write its tokenizer, chat template and settings of generation to the folder `out`."""
+        self._copy(out)
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open a folder, a .gguf file, a .safetensors file beside its `config.json`, or a hub name such as `org/name`.
+
+    Raises FileNotFoundError where there is no such thing, and ValueError, naming the file, for what is wrong in it.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _open_folder(path, path.resolve().name)
+    if path.suffix == ".gguf" and path.is_file():
+        from gearshift.formats.gguf.checkpoint import open_gguf
+
+        return open_gguf(path)
+    if path.is_file():
+        if path.suffix != ".safetensors" and path.name != CONFIG:
+            raise ValueError(f"{path} is neither a model folder nor a .gguf or .safetensors file")
+        return _open_folder(path.parent, path.parent.resolve().name)
+    if _HUB_NAME.fullmatch(str(source)):
+        return _open_folder(_download(str(source)), str(source))
+    raise FileNotFoundError(f"there is no {source}: name a model folder, a .gguf file or a hub model such as org/name")
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*", "consolidated*"]))
+    except Exception as error:  # the hub's client raises what its network stack does, and that is not one family
+        raise FileNotFoundError(
+            f"there is no folder {name}, and the hub could not give it: {_first_line(error)} ({type(error).__name__})"
+        ) from error
+
+
+def _open_folder(folder: Path, name: str) -> Checkpoint:
+    config = folder / CONFIG
+    if not config.is_file():
+        raise FileNotFoundError(f"{folder} holds no {CONFIG}: it is not a model folder")
+    raw = read_json(config)
+    try:
+        format = FORMATS.for_model_type(raw.get("model_type"))
+        native = format.to_native(raw)
+    except ValueError as error:
+        raise ValueError(f"{config}: {error}") from None
+    tensors = SafetensorsSource(folder)
+    if not any(raw.get(key) for key in _DTYPE_KEYS):
+        native = replace(native, dtype=_dtype_of(tensors.schema))
+    if format.model_type != "gearshift":
+        native = replace(native, source={**native.source, "name": name})
+    digest = hashlib.sha256(f"{tensors.fingerprint} {json.dumps(raw, sort_keys=True)}".encode()).hexdigest()
+    plan = build_plan(format, native, tensors, folder)
+    return Checkpoint(folder, format, native, tensors, plan, digest, lambda out: copy_documents(folder, out))
+
+
+def build_plan(format: Format, native: NativeConfig, source: Source, where: Path) -> Plan:
+    """The plan from `source` to the model that `native` describes. ValueError, naming `where`, if they do not fit."""
+    from gearshift.model import schema
+
+    try:
+        plan = format.import_plan(native.spec, schema(native.spec, native.dtype), source.schema)
+    except (ValueError, KeyError) as error:  # a KeyError is an activation that transformers does not have
+        raise ValueError(f"{where}: {error.args[0]}") from None
+    if (names := format.tied_copy(native.spec, source.schema)) and not _equal(source, *names):
+        raise ValueError(
+            f"{where}: the config ties the head to the embeddings, but {names[1]!r} differs from {names[0]!r}: "
+            "set tie_word_embeddings to false"
+        )
+    return plan
+
+
+def _equal(source: Source, first: str, second: str) -> bool:
+    """Whether two matrices are equal, some rows in memory at a time."""
+    info = source.schema[first]
+    if info != source.schema[second]:
+        return False
+    step = max(1, _COMPARED_AT_ONCE // max(1, info.shape[1]))
+    boxes = (((row, min(row + step, info.shape[0])), (0, info.shape[1])) for row in range(0, info.shape[0], step))
+    return all(source.read(first, box).equal(source.read(second, box)) for box in boxes)
+
+
+def _dtype_of(schema: Schema) -> str:
+    """The dtype of most elements."""
+    sizes: dict[str, int] = {}
+    for info in schema.values():
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.elements
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def choose_format(native: NativeConfig) -> tuple[Format, str]:
+    """The format to export a model to where a person names none, and why, as a sentence.
+
+    A family of transformers that can express it, the one it came from first: any engine runs that. Otherwise our own.
+    """
+    own = FORMATS["gearshift"]
+    origin = native.source.get("format")
+    families = [name for name in FORMATS if FORMATS[name].writable and FORMATS[name] is not own]
+    first_reason = ""
+    for name in sorted(families, key=lambda name: (name != origin, name)):
+        try:
+            FORMATS[name].express(native)
+        except InexpressibleError as error:
+            first_reason = first_reason or str(error)
+        else:
+            return FORMATS[name], f"transformers' own {name!r} classes can express it, so that any engine can run it"
+    return own, f"no class of transformers can express it: {first_reason}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")

@@ -1,0 +1,60 @@
+"""Distillation: a layerwise stage, then a stochastic one, from the model itself."""
+
+from gearshift.train.load import load_recipe
+from gearshift.train.loop import Distiller, TrainingDivergedError, distil
+from gearshift.train.metrics import (
+    CalibrationRecord,
+    Callback,
+    JsonLines,
+    Record,
+    StageEndRecord,
+    StepRecord,
+    TensorBoard,
+    read_records,
+)
+from gearshift.train.recipe import (
+    DistillationSettings,
+    LayerwiseStage,
+    LossWeights,
+    OptimiserSettings,
+    Recipe,
+    ScheduleSettings,
+    StochasticStage,
+)
+from gearshift.train.run import TrainResult, train
+from gearshift.train.sampling import (
+    AllocationSampling,
+    PresetSampling,
+    SamplingStrategy,
+    UniformSampling,
+    WeightedSampling,
+)
+
+__all__ = [
+    "AllocationSampling",
+    "CalibrationRecord",
+    "Callback",
+    "DistillationSettings",
+    "Distiller",
+    "JsonLines",
+    "LayerwiseStage",
+    "LossWeights",
+    "OptimiserSettings",
+    "PresetSampling",
+    "Recipe",
+    "Record",
+    "SamplingStrategy",
+    "ScheduleSettings",
+    "StageEndRecord",
+    "StepRecord",
+    "StochasticStage",
+    "TensorBoard",
+    "TrainResult",
+    "TrainingDivergedError",
+    "UniformSampling",
+    "WeightedSampling",
+    "distil",
+    "load_recipe",
+    "read_records",
+    "train",
+]

@@ -1,0 +1,147 @@
+"""A start at the right scale: each new mixer's output projection, fitted to the main mixer's output.
+
+A mixer with a normalised output starts at a scale of its own, an order of magnitude off. One pass of the teacher over
+a few sequences gives the statistics of a least-squares fit; nothing is differentiated.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gearshift.mixers.base import Mixer
+from gearshift.model import GearshiftForCausalLM
+from gearshift.train.stage import LayerErrors, Precision
+
+
+class Fit:
+    """What the least-squares fit of one output projection needs to know of its inputs and targets, in float64.
+
+    Sequences weigh in by 1 / ||target||^2, so that what is minimised is the stages' own `activation_error`.
+    """
+
+    def __init__(self, projection: nn.Linear):
+        self.projection = projection
+        inputs, outputs = projection.in_features, projection.out_features
+        device = projection.weight.device
+        self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(outputs, inputs, dtype=torch.float64, device=device)
+        self.power = torch.zeros((), dtype=torch.float64, device=device)
+        self.sequences = 0
+        self.tokens = 0
+
+    def add(self, features: Tensor, target: Tensor) -> None:
+        """Count in `features` [batch, tokens, inputs], whose projection should be `target` [batch, tokens, outputs]."""
+        features, target = features.float(), target.float()
+        weight = target.square().sum((1, 2), keepdim=True).clamp_min(torch.finfo(torch.float).tiny).rsqrt()
+        if self.projection.bias is not None:
+            target = target - self.projection.bias
+        features, target = (features * weight).flatten(0, 1), (target * weight).flatten(0, 1)
+        self.gram += features.T @ features
+        self.cross += target.T @ features
+        self.power += target.square().sum()
+        self.sequences += len(weight)
+        self.tokens += len(features)
+
+    def error(self, weight: Tensor) -> Tensor:
+        """The normalised activation error of a projection with `weight` [outputs, inputs], float64."""
+        wrong = self._energy(weight) - 2 * self._agreement(weight) + self.power
+        return wrong.clamp_min(0) / self.sequences
+
+    def scaled(self) -> Tensor:
+        """The projection's weight times the one factor that fits best, [outputs, inputs], float64."""
+        weight = self.projection.weight.detach().double()
+        energy = self._energy(weight)
+        return weight * torch.where(energy > 0, self._agreement(weight) / energy, 1.0)
+
+    def ridge(self) -> Tensor:
+        """The best weight, drawn towards `scaled` as strongly as the statistics ask for. As `scaled`.
+
+        The strength minimises the generalised cross-validation of ridge regression (Golub, Heath and Wahba 1979): the
+        fewer the tokens, and the less the features say of the target, the more it stays with `scaled`.
+        """
+        scaled = self.scaled()
+        values, vectors = torch.linalg.eigh(self.gram)
+        values = values.clamp_min(0)
+        if values.sum() == 0:
+            return scaled
+        residual = vectors.T @ (self.cross - scaled @ self.gram).T
+        energy = residual.square().sum(1)
+        wrong = self.error(scaled) * self.sequences
+        pulls = values.mean() * torch.logspace(-6, 3, 37, dtype=torch.float64, device=values.device)[:, None]
+        left = wrong - (energy * (values + 2 * pulls) / (values + pulls).square()).sum(1)
+        freedom = (values / (values + pulls)).sum(1)
+        score = left.clamp_min(0) / (1 - freedom / self.tokens).clamp_min(1e-6).square()
+        pull = pulls[score.argmin()]
+        return scaled + (vectors @ (residual / (values + pull)[:, None])).T
+
+    def _energy(self, weight: Tensor) -> Tensor:
+        return ((weight @ self.gram) * weight).sum()
+
+    def _agreement(self, weight: Tensor) -> Tensor:
+        return (weight * self.cross).sum()
+
+
+@torch.no_grad()
+def calibrate(
+    teacher: GearshiftForCausalLM,
+    model: GearshiftForCausalLM,
+    students: Sequence[Mapping[str, Mixer]],
+    batches: Sequence[Tensor],
+    method: str,
+    precision: Precision,
+) -> dict[str, LayerErrors]:
+    """Fit the output projection of every mixer in `students` (one mapping a layer) to the main mixer's output.
+
+    A mixer of a block with shared weights is fitted to all of its layers at once. Frozen projections stay as they are.
+
+    Args:
+        teacher: whose main placement gives hidden states and targets. May be the model itself.
+        model: holds the mixers.
+        students: for every layer, the mixers to fit, by name.
+        batches: the text, each [batch, tokens].
+        method: `scale` (one factor) or `ridge` (the whole projection, see `Fit.ridge`).
+        precision: of the forward passes.
+
+    Returns the normalised activation error of each mixer, layer by layer: {"before", "scaled", "after"}.
+    """
+    main = teacher.spec.main
+    own = teacher is model
+    hiddens = [teacher.model.embed_tokens(batch) for batch in batches]
+    contexts = [teacher.model.context(hidden) for hidden in hiddens]
+    student_contexts = contexts if own else [model.model.context(hidden) for hidden in hiddens]
+    last_use = {mixer: layer for layer, mixers in enumerate(students) for mixer in mixers.values()}
+    fits: dict[Mixer, Fit] = {}
+    errors: dict[Mixer, dict[str, float]] = {}
+    for layer, (block, student_block) in enumerate(zip(teacher.model.blocks, model.model.blocks, strict=True)):
+        mixers = [mixer for mixer in students[layer].values() if mixer.o_proj.weight.requires_grad]
+        for index, (hidden, context, seen) in enumerate(zip(hiddens, contexts, student_contexts, strict=True)):
+            with precision():
+                normed = block.mixer_norm(hidden)
+                target = block.mixer_named(main[layer])(normed, context)
+                read = normed if own else student_block.mixer_norm(hidden)
+                hiddens[index] = block.feed(hidden + target)
+            for mixer in mixers:
+                with precision():
+                    features = mixer.features(mixer.core(mixer.project(read, seen), seen, None))
+                if mixer not in fits:
+                    fits[mixer] = Fit(mixer.o_proj)
+                fits[mixer].add(features, target)
+        for mixer in mixers:
+            if last_use[mixer] == layer:
+                errors[mixer] = _apply(fits.pop(mixer), method)
+    names = dict.fromkeys(name for mixers in students for name in mixers)
+
+    def by_layer(name: str, when: str) -> list[float | None]:
+        return [errors[mixers[name]][when] if mixers.get(name) in errors else None for mixers in students]
+
+    return {when: {name: by_layer(name, when) for name in names} for when in ("before", "scaled", "after")}
+
+
+def _apply(fit: Fit, method: str) -> dict[str, float]:
+    """Give the projection its fitted weight. Returns the error as it was, with the best factor, and as it is now."""
+    before, scaled = fit.projection.weight.detach().double(), fit.scaled()
+    chosen = fit.ridge() if method == "ridge" else scaled
+    fit.projection.weight.copy_(chosen)
+    errors = torch.stack([fit.error(weight) for weight in (before, scaled, chosen)])
+    return dict(zip(("before", "scaled", "after"), errors.tolist(), strict=True))

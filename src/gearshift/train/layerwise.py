@@ -1,0 +1,110 @@
+"""The layerwise stage: every mixer learns the main mixer's output, from the teacher's own hidden states.
+
+One forward of the teacher serves all layers. Nothing flows back through depth, so each mixer is a problem of its own:
+its loss is its own error, and the memory of one mixer's backward pass is all that is needed at a time.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gearshift.mixers.base import Mixer
+from gearshift.model import GearshiftForCausalLM
+from gearshift.train.calibration import calibrate
+from gearshift.train.losses import activation_error
+from gearshift.train.recipe import LayerwiseStage
+from gearshift.train.stage import LayerErrors, Precision, StageRun, Terms
+
+
+class LayerwiseRun(StageRun):
+    """The layerwise stage at work."""
+
+    def __init__(
+        self,
+        model: GearshiftForCausalLM,
+        teacher: GearshiftForCausalLM,
+        precision: Precision,
+        stage: LayerwiseStage,
+        batch_size: int,
+        part_size: int,
+    ):
+        super().__init__(model, teacher, precision)
+        self.stage = stage
+        self.batch_size = batch_size
+        self.part_size = part_size
+        self.students: list[dict[str, Mixer]] = [
+            {
+                name: block.mixer_named(name)
+                for name in block.spec.mixers
+                if any(parameter.requires_grad for parameter in block.mixer_named(name).parameters())
+            }
+            for block in model.model.blocks
+        ]
+        """For every layer, the mixers that learn."""
+        if not any(self.students):
+            raise ValueError("the layerwise stage has nothing to do: no parameter of any mixer learns")
+
+    def calibration_sequences(self) -> int:
+        return 0 if self.stage.calibration == "none" else self.stage.calibration_sequences or self.batch_size
+
+    def calibrate(self, tokens: Tensor) -> dict[str, LayerErrors]:
+        return calibrate(
+            self.teacher,
+            self.model,
+            self.students,
+            tokens.split(self.part_size),
+            self.stage.calibration,
+            self.precision,
+        )
+
+    def learn(self, tokens: Tensor, step: int, share: float) -> Terms | None:
+        return self._judge(tokens, share)
+
+    def measure(self, tokens: Tensor) -> Terms:
+        return self._judge(tokens, None)
+
+    def _judge(self, tokens: Tensor, share: float | None) -> Terms:
+        """The error of each mixer of each layer, under (name, layer). Adds gradients if there is a `share`."""
+        teacher, student = self.teacher.model, self.model.model
+        main = self.teacher.spec.main
+        errors: Terms = {}
+        with torch.no_grad(), self.precision():
+            hidden = teacher.embed_tokens(tokens)
+        context = teacher.context(hidden)
+        own = context if self.own_teacher else student.context(hidden)
+        pairs = zip(teacher.blocks, student.blocks, self.students, strict=True)
+        for layer, (block, student_block, mixers) in enumerate(pairs):
+            with torch.no_grad(), self.precision():
+                normed = block.mixer_norm(hidden)
+                target = block.mixer_named(main[layer])(normed, context)
+                read = normed if self.own_teacher else student_block.mixer_norm(hidden)
+                hidden = block.feed(hidden + target)
+            for name, mixer in mixers.items():
+                with torch.set_grad_enabled(share is not None):
+                    with self.precision():
+                        output = mixer(read, own)
+                    error = activation_error(output, target)
+                if share is not None:
+                    (error * share).backward()
+                errors[name, layer] = error.detach()
+        return errors
+
+    def describe(self, values: Mapping[Any, float]) -> dict[str, Any]:
+        """`layers`: mixer -> error of each layer, None where it does not learn; `mixers` and `loss`: means of them."""
+        layers = range(len(self.students))
+        names = dict.fromkeys(name for mixers in self.students for name in mixers)
+        by_layer = {name: [values.get((name, layer)) for layer in layers] for name in names}
+        mixers = {name: _mean([error for error in errors if error is not None]) for name, errors in by_layer.items()}
+        loss = _mean(list(values.values()))
+        return {"loss": loss, "terms": {"activation": loss}, "mixers": mixers, "layers": by_layer}
+
+    def clip_groups(self) -> Iterator[list[nn.Parameter]]:
+        """Each mixer by itself: a spike in one must not slow the others."""
+        distinct = {id(mixer): mixer for mixers in self.students for mixer in mixers.values()}
+        return (list(mixer.parameters()) for mixer in distinct.values())
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

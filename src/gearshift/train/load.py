@@ -1,0 +1,107 @@
+"""Reading a recipe: YAML, then `key=value` overrides."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from gearshift.train.recipe import LayerwiseStage, Recipe, StochasticStage
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe in a YAML file, changed by overrides such as `seed=3` or `stages.0.steps=10` (values are YAML too).
+
+    ValueError, in one sentence, if the file or an override cannot be read, or if a key or value is not a recipe's.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ValueError(f"the recipe {path} cannot be read: {reason}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {_one_line(error)}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is not a recipe: it must be a mapping of keys to values")
+    for override in overrides:
+        _apply(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_sentence(error, data)}") from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Set one dotted key of `data`. Mappings on the way that are not there yet are made."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"{override!r} is not an override: write key=value, as in stages.0.steps=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the value in {override!r} is not valid YAML: {_one_line(error)}") from None
+    *way, last = key.strip().split(".")
+    here: Any = data
+    for part in way:
+        if isinstance(here, dict) and here.get(part) is None:
+            here[part] = {}
+        here = here[_index(here, part, override)]
+    if not isinstance(here, dict | list):
+        raise ValueError(f"{override!r} goes too deep: {'.'.join(way)} is {here!r}, which has no parts")
+    here[_index(here, last, override)] = value
+
+
+def _index(container: Any, part: str, override: str) -> Any:
+    """`part` as an index into `container`."""
+    if isinstance(container, dict):
+        return part
+    if not isinstance(container, list):
+        raise ValueError(f"{override!r} goes too deep: {container!r} has no part {part!r}")
+    if not part.isdigit() or int(part) >= len(container):
+        raise ValueError(f"{override!r}: {part!r} is no index into a list of {len(container)}, counted from 0")
+    return int(part)
+
+
+def _sentence(error: ValidationError, data: Any) -> str:
+    """The first thing that is wrong, where it is, and what was probably meant."""
+    first = error.errors()[0]
+    where = _path(first["loc"], data)
+    if first["type"] == "extra_forbidden":
+        near = get_close_matches(str(first["loc"][-1]), _known_keys())
+        return f"unknown key {where!r}" + (f": did you mean {near[0]}?" if near else "")
+    if first["type"] == "missing":
+        return f"the key {where!r} is missing"
+    problem = first["msg"].removeprefix("Value error, ")
+    given = first["input"]
+    shown = f", not {given!r}" if isinstance(given, str | int | float | None) else ""
+    if first["type"] == "value_error":
+        return f"{where}: {problem}" if where else problem
+    return f"{where}: {problem[:1].lower()}{problem[1:]}{shown}"
+
+
+def _path(location: tuple[int | str, ...], data: Any) -> str:
+    """Pydantic's location without the tags of the unions that it passed."""
+    parts: list[str] = []
+    for position, part in enumerate(location):
+        here = data
+        inside = isinstance(here, dict) and part in here
+        if inside or (isinstance(here, list | tuple) and isinstance(part, int) and part < len(here)):
+            data = here[part]
+        elif position < len(location) - 1:
+            continue
+        parts.append(str(part))
+    return ".".join(parts)
+
+
+def _known_keys() -> list[str]:
+    models = (Recipe, LayerwiseStage, StochasticStage)
+    nested = [field.annotation for model in models for field in model.model_fields.values()]
+    fields = [getattr(model, "model_fields", {}) for model in (*models, *nested)]
+    return list(dict.fromkeys(name for names in fields for name in names))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

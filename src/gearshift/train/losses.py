@@ -1,0 +1,161 @@
+"""What a student is judged by. All of it in float32, whatever the activations are in."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+"""The label of a position that has no next token."""
+
+
+def activation_error(output: Tensor, target: Tensor) -> Tensor:
+    """||output - target||^2 / ||target||^2 of each sequence, averaged. Both [batch, tokens, hidden]; a scalar.
+
+    Taken by sequence, so that the error of a batch is the mean of its parts' errors, however it is cut.
+    """
+    target = target.float()
+    wrong = (output.float() - target).square().sum((1, 2))
+    return (wrong / target.square().sum((1, 2)).clamp_min(torch.finfo(torch.float).tiny)).mean()
+
+
+def next_tokens(tokens: Tensor) -> Tensor:
+    """The label of each position of `tokens` [batch, tokens]: the token after it, `IGNORED` at the end."""
+    return F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
+
+
+def head_losses(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    student_head: Tensor,
+    teacher_head: Tensor,
+    weights: Mapping[str, float],
+    temperature: float = 1.0,
+    chunk: int = 256,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of the losses on next-token distributions, and each of them, in nats a token.
+
+    The logits of `chunk` positions at a time live in memory, never those of the whole batch: the gradient with respect
+    to the hidden states (and to the student's head, if that learns) is computed in the same pass, from its formula.
+
+    Args:
+        student: [batch, tokens, hidden], the student's final hidden states.
+        teacher: [batch, tokens, hidden of the teacher], the teacher's. No gradient goes there.
+        labels: [batch, tokens], the next token of each position, `IGNORED` where there is none.
+        student_head: [vocabulary, hidden].
+        teacher_head: [vocabulary, hidden of the teacher].
+        weights: `forward_kl` (teacher to student), `reverse_kl`, `cross_entropy` -> weight; 0 is not computed.
+        temperature: divides the logits of both divergences, which are multiplied by its square (arXiv 1503.02531).
+        chunk: positions.
+    """
+    names = [name for name in HEAD_TERMS if weights.get(name, 0.0) > 0]
+    loss, terms = _HeadLosses.apply(
+        student.flatten(0, 1),
+        student_head,
+        teacher.flatten(0, 1),
+        teacher_head,
+        labels.flatten(),
+        {name: weights[name] for name in names},
+        temperature,
+        chunk,
+    )
+    return loss, dict(zip(names, terms.unbind(), strict=True))
+
+
+HEAD_TERMS = ("forward_kl", "reverse_kl", "cross_entropy")
+"""The losses on next-token distributions."""
+
+
+class _HeadLosses(torch.autograd.Function):
+    """Loss and gradient of a head in one pass over chunks of positions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        student_head: Tensor,
+        teacher: Tensor,
+        teacher_head: Tensor,
+        labels: Tensor,
+        weights: dict[str, float],
+        temperature: float,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        of_hidden, of_head = ctx.needs_input_grad[:2]
+        hidden_gradient = torch.empty_like(student) if of_hidden else None
+        head_gradient = torch.zeros_like(student_head) if of_head else None
+        student_head, teacher_head = _autocast(student_head), _autocast(teacher_head)
+        totals = torch.zeros(len(weights), device=student.device)
+        labelled = (labels != IGNORED).sum().clamp_min(1)
+        per_position = {name: 1 / labelled if name == "cross_entropy" else 1 / len(student) for name in weights}
+        scaled = {name: weight * per_position[name] for name, weight in weights.items()}
+        for start in range(0, len(student), chunk):
+            part = slice(start, start + chunk)
+            logits = F.linear(student[part], student_head).float()
+            against = F.linear(teacher[part], teacher_head).float() if weights.keys() - {"cross_entropy"} else None
+            sums, gradient = _terms(logits, against, labels[part], scaled, temperature, of_hidden or of_head)
+            totals += torch.stack([sums[name] * per_position[name] for name in weights])
+            if hidden_gradient is not None:
+                # Spelled as F.linear, which autocast knows: the product runs in the precision of the forward one.
+                hidden_gradient[part] = F.linear(gradient, student_head.t()).to(student.dtype)
+            if head_gradient is not None:
+                head_gradient += F.linear(gradient.t(), student[part].t())
+        ctx.save_for_backward(hidden_gradient, head_gradient)
+        loss = torch.stack([weights[name] * total for name, total in zip(weights, totals, strict=True)]).sum()
+        ctx.mark_non_differentiable(totals)
+        return loss, totals
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (None if made is None else made * upstream[0].to(made.dtype) for made in ctx.saved_tensors)
+        return (*gradients, None, None, None, None, None, None)
+
+
+def _autocast(head: Tensor) -> Tensor:
+    """The head in the precision of its products, so that it is not converted again for every chunk."""
+    device = head.device.type
+    return head.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else head
+
+
+def _terms(
+    logits: Tensor,
+    against: Tensor | None,
+    labels: Tensor,
+    weights: Mapping[str, Any],
+    temperature: float,
+    differentiate: bool,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The sum of each loss over positions, and the gradient of their weighted sum, [positions, vocabulary].
+
+    With logits z, temperature T and softmax p of z / T, q of the teacher's:
+    d T^2 KL(q | p) / dz = T (p - q);  d T^2 KL(p | q) / dz = T p (log p - log q - KL(p | q)).
+    """
+    sums: dict[str, Tensor] = {}
+    gradient = torch.zeros_like(logits) if differentiate else logits
+    if against is not None:
+        student = F.log_softmax(logits / temperature if temperature != 1 else logits, dim=-1)
+        teacher = F.log_softmax(against / temperature if temperature != 1 else against, dim=-1)
+        ratio = student - teacher
+        student_share = student.exp_()
+        if "forward_kl" in weights:
+            teacher_share = teacher.exp_()
+            sums["forward_kl"] = -(temperature**2) * torch.linalg.vecdot(teacher_share, ratio).sum()
+            if differentiate:
+                gradient += (student_share - teacher_share).mul_(temperature * weights["forward_kl"])
+        if "reverse_kl" in weights:
+            divergence = torch.linalg.vecdot(student_share, ratio)
+            sums["reverse_kl"] = temperature**2 * divergence.sum()
+            if differentiate:
+                pull = ratio.sub_(divergence[:, None]).mul_(student_share)
+                gradient += pull.mul_(temperature * weights["reverse_kl"])
+    if "cross_entropy" in weights:
+        sums["cross_entropy"] = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        if differentiate:
+            labelled = labels != IGNORED
+            pull = logits.softmax(-1)
+            pull[labelled, labels[labelled]] -= 1
+            gradient += pull.mul_(labelled[:, None] * weights["cross_entropy"])
+    return sums, gradient

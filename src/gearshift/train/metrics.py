@@ -1,0 +1,192 @@
+"""What a run says about itself: records, the callbacks that take them, the JSONL file, TensorBoard."""
+
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import IO, Any
+
+from gearshift.spec import Placement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Something that happened in a run."""
+
+    stage: int
+    """Number of the stage, from 0."""
+    type: str
+    """Kind of the stage: `layerwise` or `stochastic`."""
+    step: int
+    """Number of the step within its stage, from 0; the stage's number of steps for its end."""
+    global_step: int
+    """Number of the step over all stages, from 0."""
+
+    @property
+    def event(self) -> str:
+        """What happened."""
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        """One line of JSON. What is not finite becomes null: JSON has no word for it."""
+        values = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        return json.dumps({"event": self.event, **values})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord(Record):
+    """One optimiser step."""
+
+    total_steps: int
+    """Steps of the whole run."""
+    loss: float | None
+    """What was minimised. None if the step was skipped: nothing that ran could learn, as under all-main."""
+    terms: dict[str, float]
+    """The parts of the loss, unweighted."""
+    learning_rate: float
+    """Before the factors of `learning_rate_scales`."""
+    gradient_norm: float
+    """Norm of all gradients before clipping."""
+    tokens: int
+    """Tokens of the step."""
+    seconds: float
+    """Wall-clock time of the step."""
+    placement: Placement | None = None
+    """The sampled placement. None in a layerwise stage, where all mixers learn."""
+    mixers: dict[str, float] | None = None
+    """Layerwise: mixer -> its mean error over layers."""
+    layers: dict[str, list[float | None]] | None = None
+    """Layerwise: mixer -> its error in each layer, None where it does not learn."""
+
+    @property
+    def event(self) -> str:
+        return "step"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationRecord(Record):
+    """The layerwise stage's first action. All three: mixer -> normalised activation error in each layer."""
+
+    before: dict[str, list[float | None]]
+    """As the mixers were."""
+    scaled: dict[str, list[float | None]]
+    """With the best factor on each output projection."""
+    after: dict[str, list[float | None]]
+    """As they are now."""
+    seconds: float
+    """Wall-clock time."""
+
+    @property
+    def event(self) -> str:
+        return "calibration"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageEndRecord(Record):
+    """The end of a stage."""
+
+    held_out: dict[str, Any] | None = None
+    """On held-out text. Layerwise: as in a step's record. Stochastic: mixer -> forward KL with it everywhere."""
+
+    @property
+    def event(self) -> str:
+        return "stage_end"
+
+
+class Callback:
+    """Takes a run's records as they are made. Override what is of interest."""
+
+    def on_record(self, record: Record) -> None:
+        """Any record, in order."""
+
+    def close(self) -> None:
+        """The run is over, or was interrupted."""
+
+
+class JsonLines(Callback):
+    """The record of a run: one line of JSON for every step and event. A resumed run goes on from its checkpoint."""
+
+    def __init__(self, path: Path, stage: int = 0, step: int = 0):
+        """Keep the records from before (stage, step) and drop the rest, so that no step appears twice."""
+        self.path = path
+        kept = _lines_before(path, stage, step) if path.exists() else []
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text("".join(kept), encoding="utf-8")
+        fresh.replace(path)
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def on_record(self, record: Record) -> None:
+        self._file.write(record.to_json() + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard(Callback):
+    """Steps as curves in TensorBoard: losses, learning rate, throughput, the share of layers of each mixer."""
+
+    def __init__(self, folder: Path, every: int = 1, purge_from: int | None = None):
+        """Write to `folder` every `every` steps; hide what an earlier run wrote from step `purge_from` on."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("the recipe asks for TensorBoard, not installed here: pip install tensorboard") from None
+        self.every = every
+        self._writer = SummaryWriter(str(folder), purge_step=purge_from)
+
+    def on_record(self, record: Record) -> None:
+        if not isinstance(record, StepRecord) or record.global_step % self.every:
+            return
+        curves = {f"terms/{name}": value for name, value in record.terms.items()}
+        curves |= {f"mixers/{name}": value for name, value in (record.mixers or {}).items()}
+        if record.loss is not None:
+            curves["loss"] = record.loss
+        if record.placement is not None:
+            counts = record.placement.counts()
+            curves |= {f"share of layers/{name}": count / len(record.placement) for name, count in counts.items()}
+        curves["learning rate"] = record.learning_rate
+        curves["gradient norm"] = record.gradient_norm
+        curves["tokens a second"] = record.tokens / record.seconds
+        for name, value in curves.items():
+            self._writer.add_scalar(name, value, record.global_step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The records in a `metrics.jsonl`, in order. A line that an interruption cut short is left out."""
+    with Path(path).open(encoding="utf-8") as lines:
+        return [record for record in map(_parse, lines) if record is not None]
+
+
+def _lines_before(path: Path, stage: int, step: int) -> list[str]:
+    """The lines of the records from before (stage, step)."""
+    kept = []
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            record = _parse(line)
+            if record is not None and (record["stage"], record["step"]) < (stage, step):
+                kept.append(line)
+    return kept
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if line.endswith("\n") else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Placement):
+        return str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,108 @@
+"""Which parameters learn, how fast, and the optimiser that moves them."""
+
+import math
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from gearshift.model import GearshiftForCausalLM
+from gearshift.model.block import StochasticMixer
+from gearshift.train.recipe import OptimiserSettings, ScheduleSettings
+
+
+def main_parameters(model: GearshiftForCausalLM) -> set[str]:
+    """The names of the parameters that the all-main placement uses: all but those of the other mixers."""
+    others: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, StochasticMixer):
+            others += [f"{path}.mixers.{name}." for name in module.mixers if name != module.main]
+    return {name for name, _ in model.named_parameters() if not name.startswith(tuple(others))}
+
+
+def learning_rate_scales(
+    model: GearshiftForCausalLM, scales: Mapping[str, float], freeze: Iterable[str], own_teacher: bool
+) -> dict[str, float]:
+    """Name -> factor on the learning rate, for every parameter that learns.
+
+    Args:
+        model: the supernet.
+        scales: glob -> factor; the last that matches counts. Without a match: 0 if the main placement uses the
+            parameter, else 1.
+        freeze: globs that never learn.
+        own_teacher: whether the model under its main placement is the teacher.
+
+    Raises ValueError if a glob matches nothing, if nothing learns, if a parameter that learns is not float32, or if
+    a parameter of the main placement would learn although that placement is the teacher.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    freeze = list(freeze)
+    for glob in (*scales, *freeze):
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise ValueError(f"the glob {glob!r} matches no parameter: names look like {names[-1]!r}")
+    main = main_parameters(model)
+    learning: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        scale = 0.0 if name in main else 1.0
+        for glob, given in scales.items():
+            if fnmatchcase(name, glob):
+                scale = given
+        if scale == 0 or any(fnmatchcase(name, glob) for glob in freeze):
+            continue
+        if own_teacher and name in main:
+            raise ValueError(
+                f"{name!r} would learn, but the main placement uses it, and that is the teacher: freeze it (a narrower"
+                " glob in learning_rate_scales), or name a separate reference model as teacher"
+            )
+        if parameter.dtype != torch.float32:
+            raise ValueError(f"{name!r} is {parameter.dtype}, too coarse to learn in: load the model in float32")
+        learning[name] = scale
+    if not learning:
+        raise ValueError("nothing can learn: every parameter is frozen, or the model has no mixers but the main ones")
+    return learning
+
+
+def make_optimiser(model: nn.Module, scales: Mapping[str, float], settings: OptimiserSettings) -> torch.optim.AdamW:
+    """AdamW over the parameters in `scales`, grouped by their factor and by whether they decay.
+
+    A parameter without a gradient is left alone by a step: no decay, no moments. State is made on first use.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if name in scales:
+            groups.setdefault((scales[name], parameter.ndim >= 2), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": members, "scale": scale, "weight_decay": settings.weight_decay if decays else 0.0}
+            for (scale, decays), members in groups.items()
+        ],
+        betas=settings.betas,
+        eps=settings.epsilon,
+        fused=True,
+    )
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Give each group `learning_rate` times its factor."""
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate * group["scale"]
+
+
+def schedule(step: int, steps: int, settings: ScheduleSettings) -> float:
+    """The factor on the learning rate at step `step` of `steps`: a linear rise, then half a cosine down."""
+    warmup = round(settings.warmup * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup + 1) / max(1, steps - warmup)
+    return settings.final + (1 - settings.final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def clip(groups: Iterable[Iterable[nn.Parameter]], largest: float | None) -> torch.Tensor:
+    """Scale the gradients of each group down to norm `largest`. Returns the norm of all of them before."""
+    norms = []
+    for group in groups:
+        learning = [parameter for parameter in group if parameter.grad is not None]
+        if learning:
+            norms.append(nn.utils.clip_grad_norm_(learning, math.inf if largest is None else largest))
+    return torch.stack(norms).square().sum().sqrt() if norms else torch.zeros(())

@@ -1,0 +1,178 @@
+"""What a person says about a distillation: settings for a model in memory, and the recipe of a whole run."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from gearshift.spec import Spec
+from gearshift.train.sampling import AllocationSampling, Sampling, normalised
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class OptimiserSettings(Spec):
+    """AdamW (arXiv 1711.05101), made anew for every stage."""
+
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay of the first and of the second moment a step."""
+    epsilon: Rate = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Weight = 0.0
+    """Decoupled decay, times the learning rate; on matrices only."""
+    clip_norm: Rate | None = 1.0
+    """Largest norm of a gradient: each mixer's by itself in a layerwise stage, else the model's. Null: none."""
+
+
+class ScheduleSettings(Spec):
+    """The learning rate over a stage: a linear rise, then half a cosine down."""
+
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    """The share of the stage's steps in which the rate rises."""
+    final: float = Field(default=0.1, ge=0, le=1)
+    """The rate at the stage's last step, as a share of the highest."""
+
+
+class LossWeights(Spec):
+    """The weights of the stochastic stage's losses. Those at 0 are not computed."""
+
+    forward_kl: Weight = 1.0
+    """KL(teacher | student) of the next token, nats: covers all that the teacher finds likely."""
+    reverse_kl: Weight = 0.0
+    """KL(student | teacher) of the next token, nats: avoids what the teacher finds unlikely."""
+    cross_entropy: Weight = 0.0
+    """Cross-entropy of the text's next token, nats: learns from the text, not from the teacher."""
+    activation: Weight = 0.0
+    """Normalised error of the mixers' outputs, mean over layers, each side on its own stream of hidden states."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        normalised(self.model_dump(), "the losses' weights")
+        return self
+
+
+class StageSettings(Spec):
+    """What every stage has."""
+
+    steps: int = Field(ge=0)
+    """Optimiser steps."""
+    learning_rate: Rate
+    """The highest learning rate of the stage."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Sequences a step; the recipe's if left out."""
+    gradient_accumulation: int | None = Field(default=None, ge=1)
+    """Parts that a step's sequences are processed in, one after another; the recipe's if left out."""
+    schedule: ScheduleSettings | None = None
+    """The course of the learning rate; the recipe's if left out."""
+
+
+class LayerwiseStage(StageSettings):
+    """Every mixer of every layer learns to repeat the main mixer's output, from the teacher's own hidden states."""
+
+    type: Literal["layerwise"] = "layerwise"
+    """Always `layerwise`."""
+    learning_rate: Rate = 1e-3
+    """The highest learning rate of the stage."""
+    calibration: Literal["none", "scale", "ridge"] = "ridge"
+    """How the new mixers' output projections are fitted before the first step: not at all, by one factor, or whole."""
+    calibration_sequences: int | None = Field(default=None, ge=1)
+    """Sequences to calibrate on; one step's if left out."""
+
+
+class StochasticStage(StageSettings):
+    """Sampled placements learn end to end to repeat the teacher's next-token distribution."""
+
+    type: Literal["stochastic"] = "stochastic"
+    """Always `stochastic`."""
+    learning_rate: Rate = 5e-4
+    """The highest learning rate of the stage."""
+    sampling: Sampling = AllocationSampling()
+    """How the placement of a step is drawn."""
+    losses: LossWeights = LossWeights()
+    """What the placement is judged by."""
+    temperature: Rate = 1.0
+    """Divides the logits of both divergences."""
+
+
+Stage = Annotated[LayerwiseStage | StochasticStage, Field(discriminator="type")]
+"""Any stage, told apart by `type`."""
+
+
+class DistillationSettings(Spec):
+    """How a model in memory is distilled."""
+
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    """What is done, in order."""
+    seed: int = Field(default=0, ge=0, lt=2**64)
+    """Decides the order of the data and the sampled placements."""
+    batch_size: int = Field(default=8, ge=1)
+    """Sequences an optimiser step."""
+    gradient_accumulation: int = Field(default=1, ge=1)
+    """Parts that a step's sequences are processed in, one after another: more of them need less memory."""
+    optimiser: OptimiserSettings = OptimiserSettings()
+    """AdamW's settings."""
+    schedule: ScheduleSettings = ScheduleSettings()
+    """The course of the learning rate in each stage."""
+    learning_rate_scales: dict[str, Weight] = Field(default={})
+    """Glob of parameter names -> factor on their learning rate, 0 freezes. The last glob that matches counts.
+
+    Without a match, the factor is 0 for all that the main placement uses, and 1 for everything else."""
+    freeze: tuple[str, ...] = ()
+    """Globs of parameter names that never learn, whatever their factor."""
+    autocast: Literal["auto", "none", "bfloat16"] = "auto"
+    """Precision of the matrix products: `auto` is bfloat16 on CUDA and the weights' own elsewhere."""
+    loss_chunk: int | None = Field(default=None, ge=1)
+    """Positions whose logits are in memory at once; 256 on a CPU and 2048 elsewhere if left out."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for index in range(len(self.stages)):
+            size, parts = self.batch_size_of(index), self.parts_of(index)
+            if size % parts:
+                raise ValueError(f"stage {index}: {size} sequences a step cannot be processed in {parts} equal parts")
+        return self
+
+    def batch_size_of(self, stage: int) -> int:
+        """Sequences a step of stage `stage`."""
+        return self.stages[stage].batch_size or self.batch_size
+
+    def parts_of(self, stage: int) -> int:
+        """Parts that a step of stage `stage` is processed in."""
+        return self.stages[stage].gradient_accumulation or self.gradient_accumulation
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+
+class Recipe(DistillationSettings):
+    """All of a training run: what `gearshift train` reads."""
+
+    model: str
+    """The folder of the supernet, or its name on the hub."""
+    output: str
+    """The folder for the run: its record, its checkpoints and, at the end, the model."""
+    teacher: str = "self"
+    """`self`: the model under its main placement. Or the folder of a reference model of the same shape."""
+    text: str | None = None
+    """A file, or a folder of text files. Null: the English text that every Python carries."""
+    sequence_length: int = Field(default=1024, ge=2)
+    """Tokens a sequence."""
+    held_out: int = Field(default=0, ge=0)
+    """Sequences kept out of training, spread evenly over the text, that each stage is judged on at its end."""
+    device: str = "auto"
+    """A device by torch's name; `auto` is CUDA where there is one."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Steps between checkpoints. There is one at the end of each stage too."""
+    tensorboard: bool = False
+    """Whether to write TensorBoard's files as well, to `tensorboard` in the output folder."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between the points in TensorBoard. The record always has every step."""
+
+    @field_validator("model", "output", "teacher")
+    @classmethod
+    def _not_empty(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("give a folder")
+        return value

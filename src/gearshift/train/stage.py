@@ -1,0 +1,74 @@
+"""What the two stages have in common: a model, a teacher, a precision, and what a part of a step's batch teaches."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gearshift.model import GearshiftForCausalLM
+
+Terms = dict[Any, Tensor]
+"""What a batch was judged by: key -> scalar, detached."""
+LayerErrors = dict[str, list[float | None]]
+"""Mixer -> its normalised activation error in each layer, None where it was not judged."""
+
+
+class Precision:
+    """The precision of matrix products on a device. Each call opens a new context."""
+
+    def __init__(self, setting: Literal["auto", "none", "bfloat16"], device: torch.device):
+        self.device = device
+        self.enabled = setting == "bfloat16" or (setting == "auto" and device.type == "cuda")
+        if self.enabled and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise ValueError(f"{torch.cuda.get_device_name(device)} cannot compute in bfloat16: set autocast to none")
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.enabled else nullcontext()
+
+
+class StageRun(ABC):
+    """A stage at work on a model."""
+
+    def __init__(self, model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, precision: Precision):
+        self.model = model
+        self.teacher = teacher
+        self.precision = precision
+
+    @property
+    def own_teacher(self) -> bool:
+        """Whether the model under its main placement is the teacher."""
+        return self.teacher is self.model
+
+    def calibration_sequences(self) -> int:
+        """How many sequences the stage wants to calibrate on before its first step; 0 if it does not."""
+        return 0
+
+    def calibrate(self, tokens: Tensor) -> dict[str, LayerErrors]:
+        """Calibrate on `tokens` [sequences, tokens]. Returns the errors `before`, `scaled` and `after`."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def learn(self, tokens: Tensor, step: int, share: float) -> Terms | None:
+        """Add the gradient of `share` times the loss on `tokens` [batch, tokens]. None if step `step` has none to add.
+
+        `step` counts from the start of the run, over all stages.
+        """
+
+    @abstractmethod
+    def measure(self, tokens: Tensor) -> Terms:
+        """Judge `tokens` [batch, tokens], which are not trained on."""
+
+    @abstractmethod
+    def describe(self, values: Mapping[Any, float]) -> dict[str, Any]:
+        """The terms of a step or of a measurement, averaged over its parts, as a record holds them."""
+
+    def describe_step(self, step: int) -> dict[str, Any]:
+        """What a record says of step `step` whatever came of it."""
+        return {}
+
+    @abstractmethod
+    def clip_groups(self) -> Iterator[list[nn.Parameter]]:
+        """Parameters whose gradients are clipped together."""

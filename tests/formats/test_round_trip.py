@@ -1,0 +1,300 @@
+"""A checkpoint that comes in and goes out again is what it was: every tensor, every config field."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from gearshift.formats import FORMATS, NativeConfig, open_checkpoint
+from gearshift.spec import ModelSpec
+from tests.formats.folders import CLASSES, LLAMA3, SIZES, convert, export, save
+
+YARN = {"rope_type": "yarn", "rope_theta": 700.0, "factor": 4.0, "original_max_position_embeddings": 32}
+YARN_EXTRAS = {"beta_fast": 24.0, "beta_slow": 2.0, "mscale": 0.8, "mscale_all_dim": 0.5, "truncate": False}
+ROPES: dict[str, dict[str, Any]] = {
+    "theta": {"rope_type": "default", "rope_theta": 123.0},
+    "linear": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 3.0},
+    "yarn": YARN,
+    "yarn, all set": YARN | YARN_EXTRAS | {"attention_factor": 1.25},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 1000.0,
+        "short_factor": [1.0, 1.5, 2.0, 2.5],
+        "long_factor": [3.0, 3.5, 4.0, 4.5],
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "llama3": LLAMA3,
+}
+COMMON: dict[str, Any] = {
+    "vocab_size": 67,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 6,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 99,
+    "initializer_range": 0.01,
+    "rms_norm_eps": 1e-3,
+    "use_cache": False,
+    "pad_token_id": 3,
+    "bos_token_id": 4,
+    "eos_token_id": [5, 6],
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+    "id2label": {0: "no", 1: "yes", 2: "maybe"},
+    "label2id": {"no": 0, "yes": 1, "maybe": 2},
+    "problem_type": "regression",
+}
+NULLS = {"bos_token_id": None, "eos_token_id": None}
+SWEEP: list[tuple[str, dict[str, Any]]] = [
+    *((family, {key: value}) for family in CLASSES for key, value in COMMON.items()),
+    *((family, {"rope_parameters": rope}) for family in CLASSES for rope in ROPES.values()),
+    *((family, NULLS) for family in CLASSES),
+    ("llama", {"attention_bias": True}),
+    ("llama", {"mlp_bias": True}),
+    ("llama", {"pretraining_tp": 2}),
+    ("llama", {"num_key_value_heads": None}),
+    ("mistral", {"sliding_window": 7}),
+    ("mistral", {"sliding_window": None}),
+]
+# Constants: any other value must be refused, see test_bad_input. The rest is run-time only, or written by transformers.
+NOT_SWEPT = {
+    "architectures",
+    "attention_dropout",
+    "chunk_size_feed_forward",
+    "is_encoder_decoder",
+    "output_hidden_states",
+    "return_dict",
+    "transformers_version",
+}
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_the_sweep_leaves_no_field_out(family: str) -> None:
+    swept = {key for name, settings in SWEEP if name == family for key in settings}
+    assert {field.name for field in fields(CLASSES[family][0])} - NOT_SWEPT <= swept
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"), SWEEP, ids=lambda value: value if isinstance(value, str) else str(value)[:50]
+)
+def test_there_and_back(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
+    save(tmp_path / "source", family, **settings)
+    convert(open_checkpoint(tmp_path / "source"), tmp_path / "native")
+    export(open_checkpoint(tmp_path / "native"), tmp_path / "back", family)
+
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "back"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert tensor.equal(after[name]), name
+    config_class = CLASSES[family][0]
+    before, after = (config_class.from_pretrained(tmp_path / name).to_dict() for name in ("source", "back"))
+    del before["transformers_version"], after["transformers_version"]
+    assert before == after
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("family", CLASSES)
+def test_both_layouts_of_rope_are_read(family: str, rope: str) -> None:
+    parameters = dict(ROPES[rope])
+    new = {**SIZES, "rope_parameters": parameters}
+    theta = parameters.pop("rope_theta")
+    older = {**SIZES, "rope_theta": theta, "rope_scaling": parameters, "torch_dtype": "float32"}
+    oldest = {**older, "rope_scaling": {"type": parameters["rope_type"], **parameters}}
+    del oldest["rope_scaling"]["rope_type"]
+    if rope == "theta":
+        oldest["rope_scaling"] = None
+    expected = FORMATS[family].to_native({**new, "rope_parameters": ROPES[rope]})
+    for raw in (older, oldest):
+        assert FORMATS[family].to_native(raw) == expected
+
+
+REAL_CONFIGS: dict[str, dict[str, Any]] = {
+    "Llama 2": {
+        "_name_or_path": "meta-llama/Llama-2-7b-hf",
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "transformers_version": "4.31.0.dev0",
+        "use_cache": True,
+        "vocab_size": 32000,
+    },
+    "Llama 3.2": {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009],
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.45.0.dev0",
+        "use_cache": True,
+        "vocab_size": 128256,
+    },
+    "SmolLM2": {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 576,
+        "initializer_range": 0.041666666666666664,
+        "intermediate_size": 1536,
+        "is_llama_config": True,
+        "max_position_embeddings": 8192,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 9,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 3,
+        "pad_token_id": 2,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "rope_theta": 100000,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+        "transformers_version": "4.42.3",
+        "use_cache": True,
+        "vocab_size": 49152,
+    },
+    "Mistral 7B": {
+        "architectures": ["MistralForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.34.0.dev0",
+        "use_cache": True,
+        "vocab_size": 32000,
+    },
+}
+
+
+@pytest.mark.parametrize("name", REAL_CONFIGS)
+def test_configs_as_they_are_published(name: str) -> None:
+    raw = REAL_CONFIGS[name]
+    family = FORMATS.for_model_type(raw["model_type"])
+    native = family.to_native(raw)
+    config_class = CLASSES[family.name][0]
+    # A config file has been through JSON; transformers turns dtypes into torch's, and drops what it does not know.
+    before, after = (
+        config_class(**json.loads(json.dumps(config))).to_dict() for config in (raw, family.to_config(native))
+    )
+    ignored = {"transformers_version", "is_llama_config", "rope_interleaved", "transformers.js_config", "_name_or_path"}
+    assert {k: v for k, v in before.items() if k not in ignored} == {k: v for k, v in after.items() if k not in ignored}
+
+
+def test_what_the_native_config_says() -> None:
+    native = FORMATS["llama"].to_native(REAL_CONFIGS["Llama 3.2"])
+    block = native.spec.decoder.layers[5]
+    assert native.dtype == "bfloat16"
+    assert native.extras["eos_token_id"] == [128001, 128008, 128009]
+    assert (native.spec.hidden_size, native.spec.decoder.num_layers, native.spec.tie_embeddings) == (2048, 16, True)
+    assert (block.mixer.heads, block.mixer.kv_heads, block.mixer.head_dim, block.mixer.window) == (32, 8, 64, None)
+    assert (block.mixer.rotary.type, block.mixer.rotary.theta, block.mixer.rotary.factor) == ("llama3", 500000.0, 32.0)
+
+
+def test_a_native_checkpoint_survives_transformers(tmp_path: Path) -> None:
+    save(tmp_path / "source")
+    convert(open_checkpoint(tmp_path / "source"), tmp_path / "native")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
+    model.save_pretrained(tmp_path / "saved")
+    saved, native = (open_checkpoint(tmp_path / name) for name in ("saved", "native"))
+    # Transformers moves this one to generation_config.json.
+    expected = {key: value for key, value in native.native.extras.items() if key != "use_cache"}
+    assert saved.native == replace(native.native, extras=expected)
+    assert FORMATS["llama"].to_config(saved.native)["initializer_range"] == 0.02
+
+
+def test_presets_are_kept() -> None:
+    raw = FORMATS["llama"].to_native(SIZES).spec.model_dump(mode="json")
+    main = raw["decoder"]["blocks"]["layer"]["mixer"]
+    narrow = {**main, "window": 16}
+    raw["decoder"]["blocks"]["layer"]["mixer"] = {
+        "type": "stochastic",
+        "main": "full",
+        "mixers": {"full": main, "narrow": narrow},
+    }
+    config = {"model_type": "gearshift", "spec": raw, "presets": {"fast": "full,narrow*2"}, "default_preset": "fast"}
+    native = NativeConfig.from_json_dict(config)
+    assert tuple(native.presets["fast"]) == ("full", "narrow", "narrow")
+    assert NativeConfig.from_json_dict(json.loads(json.dumps(native.to_json_dict()))) == native
+    assert native.spec == ModelSpec.model_validate(raw)
+
+
+def test_the_stub_loads_the_model_where_nothing_imported_gearshift(tmp_path: Path) -> None:
+    save(tmp_path / "source")
+    convert(open_checkpoint(tmp_path / "source"), tmp_path / "native")
+    program = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
+        "assert 'gearshift' not in sys.modules\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "torch.save(model(torch.arange(9)[None]).logits, sys.argv[2])\n"
+    )
+    subprocess.run([sys.executable, "-c", program, tmp_path / "native", tmp_path / "logits"], check=True)
+    reference = CLASSES["llama"][1].from_pretrained(tmp_path / "source")
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), reference(torch.arange(9)[None]).logits)
