@@ -1,6 +1,7 @@
 """A checkpoint that comes in and goes out again is what it was: every tensor, every config field."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gearshift.formats import FORMATS, NativeConfig, open_checkpoint
+from gearshift.formats.gearshift import STUB_CODE
 from gearshift.spec import ModelSpec
 from tests.formats.folders import CLASSES, LLAMA3, SIZES, convert, export, save
 
@@ -295,6 +297,15 @@ def test_the_stub_loads_the_model_where_nothing_imported_gearshift(tmp_path: Pat
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
         "torch.save(model(torch.arange(9)[None]).logits, sys.argv[2])\n"
     )
-    subprocess.run([sys.executable, "-c", program, tmp_path / "native", tmp_path / "logits"], check=True)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    arguments = [sys.executable, "-c", program, tmp_path / "native", tmp_path / "logits"]
+    subprocess.run(arguments, check=True, env=environment)
     reference = CLASSES["llama"][1].from_pretrained(tmp_path / "source")
     torch.testing.assert_close(torch.load(tmp_path / "logits"), reference(torch.arange(9)[None]).logits)
+
+
+def test_the_stub_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "gearshift.model")
+    monkeypatch.setitem(sys.modules, "gearshift", None)
+    with pytest.raises(ImportError, match="pip install gearshift"):
+        exec(STUB_CODE, {})

@@ -86,9 +86,7 @@ def test_allocation_splits_layers_with_the_same_offer() -> None:
 
 
 def test_presets_fall_through() -> None:
-    strategy = PresetSampling(
-        probabilities={"fast": 0.3, "a*2,b*2": 0.2}, otherwise=WeightedSampling(weights={"b": 1})
-    )
+    strategy = PresetSampling(probabilities={"fast": 0.3, "a*2,b*2": 0.2}, otherwise=WeightedSampling(weights={"b": 1}))
     drawn = shares(strategy)
     assert set(drawn) == {Placement("cccc"), Placement("aabb"), Placement("bbbb")}
     assert drawn[Placement("cccc")] / 4000 == pytest.approx(0.3, abs=0.03)

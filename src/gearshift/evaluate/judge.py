@@ -85,7 +85,7 @@ class Judge:
                 f" {model.spec.vocab_size}: they cannot be compared"
             )
         # The last token of a sequence has no successor to be judged on.
-        self._judged = torch.arange(self.settings.skip, sequences.length - 1, self.settings.stride)
+        self._judged = torch.arange(sequences.length - 1)[self.settings.skip :: self.settings.stride]
         if not len(self._judged) or not len(sequences):
             raise ValueError(
                 f"no position is left to judge: {len(sequences)} sequences of {sequences.length} tokens,"

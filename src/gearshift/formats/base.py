@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
@@ -17,6 +16,7 @@ from gearshift.formats.native import NativeConfig, hint, sentence
 from gearshift.formats.tensors import Tensors
 from gearshift.plan import Plan, Schema
 from gearshift.spec import MIXERS, MLPS, BlockSpec, ModelSpec
+from gearshift.spec.registry import load
 
 F = TypeVar("F")
 
@@ -143,7 +143,7 @@ class FamilyFormat(Format):
 
     @cached_property
     def _class(self) -> Any:
-        return None if self.config_class is None else _load(self.config_class)
+        return None if self.config_class is None else load(self.config_class)
 
     @cached_property
     def _defaults(self) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class FamilyFormat(Format):
         """Every key that the family's own definition knows, nested ones with a dot."""
         if self._class is None:
             return []
-        nested = {key: get_type_hints(_load(path)) for key, path in (self.nested or {}).items() if path}
+        nested = {key: get_type_hints(load(path)) for key, path in (self.nested or {}).items() if path}
         spread = {
             key: [f"{key}.{inner}" for inner in nested[key]] if key in nested else [key] for key in self._defaults
         }
@@ -354,11 +354,6 @@ def _check_constant(value: Any, fate: Constant) -> None:
 def _once(what: str, names: list[str]) -> None:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two fates for one {what}: {twice[0]!r}")
-
-
-def _load(path: str) -> Any:
-    module, _, attribute = path.partition(":")
-    return getattr(import_module(module), attribute)
 
 
 def _flat(error: Exception) -> str:

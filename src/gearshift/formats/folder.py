@@ -40,7 +40,7 @@ class SafetensorsSource:
         """Differs when a file does: by its name, size, time of change or header."""
 
     def read(self, name: str, box: Box | None = None) -> torch.Tensor:
-        """The tensor `name`, or the elements `box` of it: the file's own pages, not a copy, and only the rows asked for."""
+        """The tensor `name`, or the elements `box` of it: the file's own pages, and only the rows asked for."""
         path, stored = self._tensors[name]
         shape = stored.info.shape or (1,)
         first, last = box[0] if box else (0, shape[0])

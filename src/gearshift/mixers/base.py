@@ -12,6 +12,8 @@ from gearshift.plan import Expression, Initialiser
 from gearshift.spec import MixerSpec, StateTensor
 
 T = TypeVar("T")
+Start = Expression | Initialiser
+"""Where a tensor of a new mixer comes from: an expression over another mixer's tensors, or a distribution."""
 Sharding = Literal["column", "row", "replicated"]
 
 
@@ -178,8 +180,8 @@ class Transfer:
 
     infer: Callable[[MixerSpec, int, Mapping[str, Any]], MixerSpec]
     """(source spec, hidden size, the settings a person gave) -> the complete target spec."""
-    plan: Callable[[MixerSpec, MixerSpec, int], Mapping[str, Expression]]
-    """(source spec, target spec, hidden size) -> target parameter name -> expression over the source's parameter names.
+    plan: Callable[[MixerSpec, MixerSpec, int], Mapping[str, Start]]
+    """(source spec, target spec, hidden size) -> target parameter name -> where it comes from.
 
     Parameters left out start from the mixer's initialisers. ValueError if the weights cannot be carried over.
     """

@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 
 from gearshift.mixers.attention import AttentionSpec
-from gearshift.plan import Constant, Expression, Initialise, LastTap, Reference, Repeat, Reshape
+from gearshift.mixers.base import Start
+from gearshift.plan import Constant, LastTap, Reference, Repeat, Reshape
 
 
 def check_heads(source: AttentionSpec, target: str, sizes: Mapping[str, int | None]) -> None:
@@ -22,7 +23,7 @@ def check_heads(source: AttentionSpec, target: str, sizes: Mapping[str, int | No
             )
 
 
-def head_for_head(source: AttentionSpec, hidden_size: int, conv_kernel: int) -> dict[str, Expression]:
+def head_for_head(source: AttentionSpec, hidden_size: int) -> dict[str, Start]:
     """The projections, with shared keys and values repeated in place; the convolutions; the decay's rate.
 
     Repeating in place keeps the query, key, value and output channels of a head together (query head h of grouped-query
@@ -32,12 +33,12 @@ def head_for_head(source: AttentionSpec, hidden_size: int, conv_kernel: int) -> 
     assert source.kv_heads is not None, "a transfer needs a resolved spec"
     assert source.head_dim is not None, "a transfer needs a resolved spec"
     channels = source.heads * source.head_dim
-    made: dict[str, Expression] = {name: Reference(name) for name in ("q_proj.weight", "o_proj.weight")}
+    made: dict[str, Start] = {name: Reference(name) for name in ("q_proj.weight", "o_proj.weight")}
     for name in ("k_proj.weight", "v_proj.weight"):
         heads = Reshape(Reference(name), (source.kv_heads, source.head_dim, hidden_size))
         repeated = Repeat(heads, 0, source.heads // source.kv_heads)
         shared = source.kv_heads < source.heads
         made[name] = Reshape(repeated, (channels, hidden_size)) if shared else Reference(name)
     for name in "qkv":
-        made[f"{name}_conv.weight"] = Initialise(LastTap(0.5), (channels, 1, conv_kernel), "float32")
-    return made | {"A_log": Initialise(Constant(math.log(0.1)), (source.heads,), "float32")}
+        made[f"{name}_conv.weight"] = LastTap(0.5)
+    return made | {"A_log": Constant(math.log(0.1))}

@@ -33,6 +33,7 @@ def loss_curves(stage: Stage, palette: Palette, name: str) -> Html | None:
         axes.set_xlabel("step")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(False, axis="x")
+        axes.margins(x=0.02)
         _name_ends(figure, axes, [(label, points[-1], style["color"]) for label, points, style in lines])
 
     return draw(name, 460, 290, paint, f"Loss over the {len(stage.records)} steps of the stage {stage.name}")
@@ -195,11 +196,10 @@ class _Pareto:
         obstacles = [pixels(found) for found in (*self.candidates, *self.presets)]
         frame = axes.get_window_extent()
         offsets = place_labels(labels, obstacles, (frame.x0, frame.y0, frame.x1, frame.y1))
-        for (found, text, colour), (dx, dy) in zip(named, offsets, strict=True):
+        style = {"textcoords": "offset points", "weight": 700, "zorder": 7, "va": "center"}
+        for (found, text, colour), offset in zip(named, offsets, strict=True):
             anchor = (found.cost / self.scale, found.divergence)
-            axes.annotate(
-                text, anchor, (dx, dy), textcoords="offset points", color=colour, weight=700, zorder=7, va="center"
-            )
+            axes.annotate(text, anchor, (offset.x, offset.y), color=colour, ha=offset.anchor, **style)
 
 
 def _plain_ticks(axis: Any) -> None:

@@ -3,10 +3,13 @@
 from gearshift.report.data import Candidate, DominatedMixer, Generation, Preset, Report, Search
 from gearshift.report.figures import pareto
 from gearshift.report.html import Child, Html, tag
-from gearshift.report.numbers import cost, cost_words, number, percent, ratio, size
+from gearshift.report.numbers import cost, cost_words, number, percent, ratio, setting, size
 from gearshift.report.palette import Palette
 from gearshift.report.parts import Section, facts, folded, note, plural, table, wide
-from gearshift.report.strips import dot, legend, ruler, strip
+from gearshift.report.strips import CELL, dot, legend, ruler, run_lengths, strip
+
+TALL_FRONT = 40
+"""A front of more placements is folded."""
 
 
 def headline(report: Report, palette: Palette) -> Html:
@@ -22,6 +25,7 @@ def headline(report: Report, palette: Palette) -> Html:
     if search and search.presets:
         body.append(tag("div", (_gear(report, search, preset, palette) for preset in search.presets), class_="gears"))
         body.append(legend(palette.roles, palette))
+        body.append(note(_terms(report, search)))
         body += [_in_no_preset(dominated) for dominated in search.dominated if dominated.in_no_preset]
     return tag("header", body, id="top")
 
@@ -33,13 +37,17 @@ def _lead(report: Report) -> str:
         return said + f"With {report.main} in every layer the model is the teacher itself."
     main = cost(search.span.main, search.cost_unit)
     return said + (
-        f"With it everywhere the model is the teacher itself, at {main} {_context(search)}. "
+        f"With it everywhere the model is the teacher itself, at {main} {cost_words(cost_unit_words(search))}. "
         f"{'The preset below runs' if len(search.presets) == 1 else 'Each preset below runs'} from the same checkpoint."
     )
 
 
-def _context(search: Search) -> str:
-    return cost_words(search.cost_unit).replace(f" {search.context} ", f" {search.context:,} ")
+def _terms(report: Report, search: Search) -> str:
+    """What the cards' words mean, where it is not plain from them."""
+    said = f"Cost is {cost_unit_words(search)}. Divergence is from the teacher, on held-out text."
+    if any(preset.state_bytes is not None for preset in search.presets):
+        said += f" State is what one sequence keeps at {search.context:,} tokens."
+    return said + (" Speed was measured on the generations below." if report.generations else "")
 
 
 def _gear(report: Report, search: Search, preset: Preset, palette: Palette) -> Html:
@@ -71,8 +79,8 @@ def _gear(report: Report, search: Search, preset: Preset, palette: Palette) -> H
 
 def _state(search: Search, preset: Preset, run: Generation | None) -> str | None:
     if preset.state_bytes is not None:
-        share = ratio(preset.state_bytes, search.main_state_bytes)
-        return size(preset.state_bytes) + (f", {percent(share)} of all-main's" if share is not None else "")
+        main = search.main_state_bytes
+        return size(preset.state_bytes) + (f" of {size(main)}" if main is not None else "")
     return f"{size(run.state_bytes)} after {plural(run.tokens, 'token')}" if run else None
 
 
@@ -103,10 +111,7 @@ def front_section(report: Report, palette: Palette) -> Section | None:
 
 def _search_words(search: Search) -> str:
     done, saved = search.layer_evaluations, search.layer_evaluations_saved
-    words = (
-        f"{plural(len(search.candidates), 'placement')} evaluated, {len(search.front):,} of them on the front. "
-        f"The cost is in {cost_unit_words(search)}."
-    )
+    words = f"{plural(len(search.candidates), 'placement')} evaluated, {len(search.front):,} of them on the front."
     if saved:
         words += (
             f" Reusing the hidden states of shared layers took {done:,} layer evaluations instead of {done + saved:,}: "
@@ -129,7 +134,7 @@ def _candidate_table(search: Search, candidates: tuple[Candidate, ...]) -> Html:
     ordered = sorted(candidates, key=lambda found: (found.cost is None, found.cost or 0.0, found.placement))
     rows = (
         (
-            tag("code", found.placement),
+            run_lengths(found.placement),
             found.kind,
             cost(found.cost, search.cost_unit),
             number(found.divergence),
@@ -148,24 +153,25 @@ def placements_section(report: Report, palette: Palette) -> Section | None:
     body = [
         note("One cell a layer, the first layer at the left. The text under a strip can be given to any command."),
         legend(palette.roles, palette),
-        wide((_placement(preset, report, palette) for preset in search.presets), least=460),
+        wide((_placement(preset, report, palette) for preset in search.presets), least=CELL * report.model.layers),
     ]
     if search.front:
+        ladder = wide(_ladder(search, report.model.layers, palette), least=CELL * report.model.layers + 230)
         body.append(tag("h3", "The front, step by step"))
-        body.append(note("From the cheapest placement to the teacher; presets are named where they stand."))
-        body.append(wide(_ladder(search, report.model.layers, palette), least=560))
+        body.append(note("From the cheapest placement to the dearest; presets are named where they stand."))
+        body.append(folded(f"{len(search.front)} placements", ladder) if len(search.front) > TALL_FRONT else ladder)
     return Section("placements", "Placements", tuple(body))
 
 
 def _placement(preset: Preset, report: Report, palette: Palette) -> Html:
-    budget = None if preset.budget_share is None else f"budget {number(preset.budget_share)} of the cost span"
+    budget = None if preset.budget_share is None else f"budget {setting(preset.budget_share)} of the cost span"
     counts = ", ".join(f"{preset.counts[mixer]} {mixer}" for mixer in palette.roles if preset.counts.get(mixer))
     return tag(
         "div",
         tag("p", tag("b", preset.name), tag("span", " · ".join(filter(None, (budget, counts)))), class_="strip-head"),
         strip(preset.placement, palette),
         ruler(report.model.layers),
-        tag("code", preset.placement, class_="block"),
+        run_lengths(preset.placement, block=True),
         class_="placement",
     )
 

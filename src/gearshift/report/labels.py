@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top."""
-LETTER, HEIGHT, CLEAR = 6.8, 15.0, 7.0
+LETTER, HEIGHT, CLEAR = 7.5, 15.0, 7.0
 """Width of a letter, height of a line, and the room that a point keeps around it."""
 
 
@@ -27,10 +28,26 @@ class Label:
         return LETTER * len(self.text)
 
 
-def place_labels(
-    labels: Sequence[Label], points: Sequence[tuple[float, float]], frame: Box
-) -> list[tuple[float, float]]:
-    """For each label the offset of its left middle from its point: the nearest place that covers the least.
+@dataclass(frozen=True)
+class Offset:
+    """Where a name stands as seen from its point."""
+
+    x: float
+    """From the point to the name's anchor."""
+    y: float
+    """From the point to the name's middle."""
+    anchor: Literal["left", "center", "right"]
+    """The part of the name that is at x, so that a wider font grows away from the point."""
+
+    def box(self, label: Label) -> Box:
+        """The room that the name takes."""
+        left = label.x + self.x - label.width * {"left": 0.0, "center": 0.5, "right": 1.0}[self.anchor]
+        middle = label.y + self.y
+        return left, middle - HEIGHT / 2, left + label.width, middle + HEIGHT / 2
+
+
+def place_labels(labels: Sequence[Label], points: Sequence[tuple[float, float]], frame: Box) -> list[Offset]:
+    """For each label the nearest place that covers the least.
 
     Covering another label is worst, then leaving the frame, then covering points.
     """
@@ -38,13 +55,13 @@ def place_labels(
     offsets = []
     for label in labels:
 
-        def harm(offset: tuple[float, float], label: Label = label) -> tuple[int, int, int]:
-            box = _box(label, offset)
+        def harm(offset: Offset, label: Label = label) -> tuple[int, bool, int]:
+            box = offset.box(label)
             covered = sum(_overlap(box, (x - CLEAR, y - CLEAR, x + CLEAR, y + CLEAR)) for x, y in points)
             return sum(_overlap(box, other) for other in taken), not _inside(box, frame), covered
 
-        best = min(_offsets(label.width), key=harm)
-        taken.append(_box(label, best))
+        best = min(_offsets(), key=harm)
+        taken.append(best.box(label))
         offsets.append(best)
     return offsets
 
@@ -59,17 +76,18 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return [height + shift for height in moved]
 
 
-def _offsets(width: float) -> Iterator[tuple[float, float]]:
+def _offsets() -> Iterator[Offset]:
     """Places around a point, nearest first."""
     for far in (0.0, 10.0, 22.0, 36.0):
         side, rise = 11 + far, 16 + far
-        yield from ((-side - width, -4 - far / 2), (side, 0), (-width / 2, -rise), (-width / 2, rise))
-        yield from ((side, rise), (-side - width, -rise), (side, -rise), (-side - width, rise))
-
-
-def _box(label: Label, offset: tuple[float, float]) -> Box:
-    left, middle = label.x + offset[0], label.y + offset[1]
-    return left, middle - HEIGHT / 2, left + label.width, middle + HEIGHT / 2
+        yield Offset(-side, -4 - far / 2, "right")
+        yield Offset(side, 0, "left")
+        yield Offset(0, -rise, "center")
+        yield Offset(0, rise, "center")
+        yield Offset(side, rise, "left")
+        yield Offset(-side, -rise, "right")
+        yield Offset(side, -rise, "left")
+        yield Offset(-side, rise, "right")
 
 
 def _overlap(one: Box, other: Box) -> bool:

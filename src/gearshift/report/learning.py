@@ -3,10 +3,10 @@
 from gearshift.report.data import PureQuality, Quality, Report, Stage
 from gearshift.report.figures import loss_curves
 from gearshift.report.html import Child, Html, tag
-from gearshift.report.numbers import change, count, duration, number
+from gearshift.report.numbers import change, count, duration, number, setting
 from gearshift.report.palette import Palette
 from gearshift.report.parts import Section, note, plural, table, wide
-from gearshift.report.strips import dot, heat_map
+from gearshift.report.strips import CELL, dot, heat_map
 
 
 def quality_section(report: Report, palette: Palette) -> Section | None:
@@ -62,7 +62,7 @@ def _bar(before: PureQuality | None, after: PureQuality | None, longest: float, 
     """The divergences as bars of one scale: pale before, full after."""
     bars = []
     for found, mood in ((before, "pale" if after else None), (after, None)):
-        if found and found.divergence is not None:
+        if found and found.divergence:
             share = max(0.0, found.divergence / longest)
             bars.append(tag("i", class_=mood, style=f"width:{share * 100:.1f}%;background:{colour}"))
     return tag("div", bars, class_="pair", aria_hidden="true")
@@ -95,7 +95,7 @@ def _stage(stage: Stage, palette: Palette, name: str) -> Html:
     first, last = stage.records[0].loss, stage.records[-1].loss
     words = (
         f"{plural(len(stage.records), 'step')}, {count(tokens)} tokens in {duration(seconds)}{speed}. "
-        f"Loss {number(first)} → {number(last)}" + (f", learning rate up to {number(max(rates))}." if rates else ".")
+        f"Loss {number(first)} → {number(last)}" + (f", learning rate up to {setting(max(rates))}." if rates else ".")
     )
     body = wide(picture, least=330) if picture else note("No loss of this stage is finite.")
     return tag("figure", tag("h3", stage.name), body, tag("figcaption", words))
@@ -121,4 +121,5 @@ def errors_section(report: Report, palette: Palette) -> Section | None:
         "states: squared error over the output's own square. 0 is exact, 1 is no better than silence; the scale is "
         "logarithmic, and the mean of each row stands at its end."
     )
-    return Section("errors", "Error of each layer", (tag("p", words), wide(heat_map(rows, palette), least=600)))
+    picture = wide(heat_map(rows, palette), least=CELL * report.model.layers + 140)
+    return Section("errors", "Error of each layer", (tag("p", words), picture))

@@ -26,6 +26,11 @@ def number(value: float | None) -> str:
     return MINUS + text if value < 0 else text
 
 
+def setting(value: float | None) -> str:
+    """`0.003`: what a person chose, without the zeros that a measurement would have."""
+    return MISSING if value is None else f"{value:g}"
+
+
 def scaled(value: float | None, units: tuple[str, ...]) -> str:
     """The value in the largest of `units`, each a thousand of the one before, that keeps it at least 1."""
     if value is None or not math.isfinite(value):

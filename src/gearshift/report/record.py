@@ -7,7 +7,7 @@ from gearshift.report.html import Child, Html, tag
 from gearshift.report.numbers import duration, number, size
 from gearshift.report.palette import Palette
 from gearshift.report.parts import Section, facts, folded, plural, table
-from gearshift.report.strips import strip
+from gearshift.report.strips import run_lengths, strip
 
 
 def generations_section(report: Report, palette: Palette) -> Section | None:
@@ -58,7 +58,7 @@ def export_section(report: Report, palette: Palette) -> Section | None:
         facts(
             (
                 ("Preset", preset),
-                ("Placement", tag("code", check.placement)),
+                ("Placement", run_lengths(check.placement)),
                 ("Folder", tag("code", check.path)),
                 ("Largest difference of a logit", number(check.max_abs_difference)),
             )

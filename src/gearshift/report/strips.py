@@ -8,6 +8,9 @@ from gearshift.report.numbers import number
 from gearshift.report.palette import Palette
 from gearshift.spec.placement import Placement
 
+CELL = 9
+"""Pixels that a layer needs at least; where there is less room, a strip scrolls."""
+
 
 def strip(placement: str, palette: Palette, thin: bool = False) -> Html:
     """A placement, first layer at the left."""
@@ -16,6 +19,12 @@ def strip(placement: str, palette: Palette, thin: bool = False) -> Html:
         for layer, mixer in enumerate(Placement.parse(placement))
     )
     return tag("div", cells, class_="strip thin" if thin else "strip", role="img", aria_label=placement)
+
+
+def run_lengths(placement: str, block: bool = False) -> Html:
+    """A placement's text, which may break after a comma and is copied without the breaks."""
+    first, *others = placement.split(",")
+    return tag("code", first, [[",", tag("wbr"), item] for item in others], class_="block" if block else None)
 
 
 def ruler(layers: int) -> Html:

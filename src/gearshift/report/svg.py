@@ -62,6 +62,7 @@ def inline(svg: str, name: str, label: str, hints: Mapping[str, str] | None = No
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", lambda found: _opening(found[1], label), svg, count=1)
     svg = re.sub(r"font: (?:(\d+) )?([\d.]+px)[^;\"]*", _font, svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     svg = svg.replace("xlink:href=", "href=")
     for gid, hint in (hints or {}).items():
         svg = svg.replace(f'<g id="{gid}">', f"<g><title>{markup(hint)}</title>")

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from gearshift.progress import Advance, silent
 from gearshift.search.budget import Budget, total
 from gearshift.search.ledger import Ledger
-from gearshift.search.scores import ScoreTable
+from gearshift.search.scores import ScoreTable, pure_placements
 from gearshift.search.solver import Solver
 from gearshift.spec import CostTable, ModelSpec, Placement, Spec
 
@@ -49,6 +49,14 @@ class BeamSettings(Spec):
         for text in levels:
             Budget.parse(text)
         return levels
+
+    def validate_for(self, spec: ModelSpec, cost: CostTable) -> "BeamSettings":
+        """Check against a model; returns itself. ValueError if a level cannot be met or no layer offers `start`."""
+        for text in self.levels:
+            Budget.parse(text).validate(spec, cost)
+        if self.start is not None and not any(self.start in offered for offered in spec.choices):
+            raise ValueError(f"the beam search cannot start from {self.start!r}: no layer offers such a mixer")
+        return self
 
 
 @dataclass(frozen=True)
@@ -90,12 +98,14 @@ class BeamSearch:
             ledger: where placements are evaluated, by any metric.
             table: the single-layer losses, for seeding and branching.
             settings: how to search.
+
+        ValueError if the settings do not fit the model.
         """
         self.spec = spec
         self.cost = cost
         self.ledger = ledger
         self.table = table
-        self.settings = settings or BeamSettings()
+        self.settings = (settings or BeamSettings()).validate_for(spec, cost)
         self.solver = Solver(cost, table, keep=self.settings.width)
 
     def run(self, levels: Sequence[Budget], start: Placement | None = None, advance: Advance = silent) -> list[Level]:
@@ -123,12 +133,7 @@ class BeamSearch:
 
     def _start(self) -> Placement:
         name = self.settings.start
-        if name is None:
-            return self.spec.main
-        if not any(name in offered for offered in self.spec.choices):
-            raise ValueError(f"the beam search cannot start from {name!r}: no layer offers such a mixer")
-        layers = zip(self.spec.choices, self.spec.main, strict=True)
-        return Placement(name if name in offered else main for offered, main in layers)
+        return self.spec.main if name is None else pure_placements(self.spec)[name]
 
     def _too_bad(self, best: Placement) -> bool:
         bound = self.settings.stop_beyond

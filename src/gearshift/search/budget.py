@@ -48,8 +48,8 @@ class Budget:
             match = COUNT.fullmatch(item)
             if not match:
                 raise ValueError(
-                    f"cannot read {item.strip()!r} in the budget {text!r}: a budget is a share of the cost span, such as"
-                    " 0.5, or numbers of layers, such as attention=8,window=12"
+                    f"cannot read {item.strip()!r} in the budget {text!r}: a budget is a share of the cost span, such"
+                    " as 0.5, or numbers of layers, such as attention=8,window=12"
                 )
             if match[1] in counts:
                 raise ValueError(f"the budget {text!r} names {match[1]!r} twice")

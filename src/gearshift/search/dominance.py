@@ -21,7 +21,7 @@ def dominated(cost: CostTable, table: ScoreTable, chosen: Iterable[Placement]) -
 
 
 def _rival(mixer: str, costs: Mapping[str, float], losses: Mapping[str, float]) -> str | None:
-    """The best mixer of a layer that is no dearer and no worse than `mixer`; of equal mixers the first beats the rest."""
+    """The best mixer of a layer that is no dearer and no worse than `mixer`; of equal ones the first beats the rest."""
     order = list(losses)
     beating = [
         name

@@ -10,7 +10,7 @@ from gearshift.spec import Placement
 
 
 class Ledger:
-    """The scores of a metric on one model, each placement measured at most once, together with others where possible."""
+    """The scores of a metric on one model. No placement is measured twice; those asked for together are so measured."""
 
     def __init__(self, model: GearshiftForCausalLM, metric: Metric):
         self.model = model
@@ -21,7 +21,7 @@ class Ledger:
     def losses(self, placements: Iterable[Placement], advance: Advance = silent) -> list[float]:
         """The losses of placements, in their order; those not known yet are measured.
 
-        A loss is the score, negated if higher is better, so that lower is always better; infinite if it is not a number.
+        A loss is the score, negated if higher is better, so that lower is always better; NaN counts as infinite.
         `advance` is told of shares of the work that add up to 1.
         """
         asked = list(placements)

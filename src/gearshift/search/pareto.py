@@ -1,5 +1,6 @@
 """What nothing beats in both cost and loss."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -11,9 +12,8 @@ def non_dominated(points: Iterable[T], cost: Callable[[T], float], loss: Callabl
 
     Of points that are equal in both, the first is kept. A loss that is not a number is beaten by everything.
     """
-    ordered = sorted(
-        (point for point in points if loss(point) == loss(point)), key=lambda point: (cost(point), loss(point))
-    )
+    real = [point for point in points if not math.isnan(loss(point))]
+    ordered = sorted(real, key=lambda point: (cost(point), loss(point)))
     front: list[T] = []
     for point in ordered:
         if not front or loss(point) < loss(front[-1]):

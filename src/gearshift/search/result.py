@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +125,7 @@ def write_result(result: SearchResult, folder: str | Path, overwrite: bool = Fal
         partial = path.with_suffix(".json.partial")
         try:
             partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-            os.replace(partial, path)
+            partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
         paths.append(path)

@@ -1,6 +1,6 @@
 """The search: score every single change, solve each budget exactly on their sum, verify the winners by evaluation."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from gearshift.data import TokenSequences
@@ -47,7 +47,9 @@ def search(
     """
     settings = settings or SearchSettings()
     check_budgets(model.spec, budgets, cost)
-    metric = metric or find_metric(settings.metric).make(HeldOut(sequences, settings.judge, teacher))
+    if settings.method == "beam":
+        settings.beam.validate_for(model.spec, cost)
+    metric = metric or find_metric(settings.metric).make(HeldOut(sequences, settings, teacher))
     return _Search(model, budgets, cost, settings, Ledger(model, metric)).run(_Progress(advance))
 
 
@@ -60,7 +62,7 @@ def check_budgets(spec: ModelSpec, budgets: Mapping[str, Budget], cost: CostTabl
     for name, budget in budgets.items():
         if not NAME.fullmatch(name) or name == "search":
             raise ValueError(
-                f"a budget cannot be called {name!r}: use letters, digits, '_' and '-', a letter first, and not 'search'"
+                f"a budget cannot be called {name!r}: use letters, digits, '_' and '-', a letter first; not 'search'"
             )
         budget.validate(spec, cost)
 
@@ -93,7 +95,7 @@ class _Search:
         spec = self.model.spec
         singles, pures = single_changes(spec), pure_placements(spec)
         scoring = (len(singles) + len(pures)) / 2  # reuse halves it
-        verifying = self.settings.top * len(self.budgets)
+        verifying = len(self.budgets) * (self.settings.top + (len(pures) - 1) * self.settings.alternatives)
         known = [spec.main, *singles, *pures.values()]
         advance = progress.part(0.5 if self.settings.method == "beam" else scoring / (scoring + verifying))
         losses = self.ledger.losses(known, advance)
@@ -101,8 +103,10 @@ class _Search:
 
         solver = Solver(self.cost, table, keep=self.settings.top)
         proposed = {name: solver.best(budget) for name, budget in self.budgets.items()}
-        advance = progress.part(0.5 if self.settings.method == "beam" else 1.0)
-        self.ledger.losses((found.placement for best in proposed.values() for found in best), advance)
+        verified = [found.placement for best in proposed.values() for found in best]
+        if self.settings.alternatives:
+            verified += self._alternatives(table)
+        self.ledger.losses(verified, progress.part(0.5 if self.settings.method == "beam" else 1.0))
         if self.settings.method == "beam":
             self._beam(table, progress)
 
@@ -120,16 +124,28 @@ class _Search:
         ]
         return self._result(table, candidates, chosen, [(p.cost, self._score(p.loss)) for p in solver.front()])
 
+    def _alternatives(self, table: ScoreTable) -> Iterator[Placement]:
+        """For each budget and each mixer that is not a main one, the best placement that does without this mixer.
+
+        The solver's runners-up differ from its best in a layer or two. Where a mixer does harm that single changes do
+        not show, all of them share the mistake; these do not.
+        """
+        names = dict.fromkeys(name for offered in self.model.spec.choices for name in offered)
+        for mixer in names:
+            if mixer in self.model.spec.main:
+                continue
+            solver = Solver(self.cost, table.without(mixer))
+            for budget in self.budgets.values():
+                yield solver.best(budget)[0].placement
+
     def _beam(self, table: ScoreTable, progress: _Progress) -> None:
         """Let the beam search add to the ledger: all shares in one descent, each budget of counts in one of its own."""
         levels = [Budget.parse(text) for text in self.settings.beam.levels]
         asked = list(self.budgets.values())
         shares = [budget for budget in (*levels, *asked) if budget.share is not None]
-        descents = (
-            [sorted(shares, key=lambda budget: -(budget.share or 0.0))]
-            if any(b.share is not None for b in asked)
-            else []
-        )
+        descents = [sorted(shares, key=lambda budget: budget.share or 0.0, reverse=True)]
+        if all(budget.share is None for budget in asked):
+            descents = []
         above = [level for level in levels if level.counts is not None]
         descents += [[*above, budget] for budget in asked if budget.counts is not None]
         beam = BeamSearch(self.model.spec, self.cost, self.ledger, table, self.settings.beam)
@@ -137,7 +153,7 @@ class _Search:
             beam.run(descent, advance=progress.part(1 / (len(descents) - number)))
 
     def _winner(self, budget: Budget) -> Placement:
-        """The best of all that was evaluated and keeps to the budget; of equally good ones the cheapest, then the first."""
+        """The best of all that was evaluated and keeps to the budget; of equally good ones the cheapest."""
         allowed = [placement for placement in self.ledger.scores if budget.allows(placement, self.cost)]
         return min(allowed, key=lambda placement: (self.ledger.loss(placement), self.cost.of(placement)))
 

@@ -65,3 +65,8 @@ class ScoreTable:
         for layer, name in zip(self.layers, placement, strict=True):
             loss += layer[name]
         return loss
+
+    def without(self, mixer: str) -> "ScoreTable":
+        """The table of a model in which `mixer` is broken: it is not proposed while there is another way."""
+        layers = ({name: BROKEN if name == mixer else loss for name, loss in layer.items()} for layer in self.layers)
+        return ScoreTable(self.main, tuple(layers))

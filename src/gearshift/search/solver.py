@@ -66,11 +66,11 @@ class Solver:
         self._added = [np.array([layer[name] for name in layer], dtype=np.float64) for layer in losses.layers]
 
     def front(self) -> list[Predicted]:
-        """The whole predicted Pareto front: every placement that none beats in cost and predicted loss; cheapest first."""
+        """The whole predicted Pareto front, cheapest first: what no placement beats in both cost and predicted loss."""
         prefixes = self._by_cost
         best = np.minimum.accumulate(prefixes.loss)
         first = np.flatnonzero(prefixes.loss < np.concatenate([[np.inf], best[:-1]]))
-        return [self._predicted(prefixes, index) for index in first]
+        return [self._predicted(prefixes, index) for index in first.tolist()]
 
     def best(self, budget: Budget) -> list[Predicted]:
         """The `keep` placements of least predicted loss that the (validated) budget allows, best first.
@@ -83,7 +83,7 @@ class Solver:
         prefixes = self._by_cost
         allowed = np.flatnonzero(prefixes.used <= limit)
         order = allowed[np.lexsort((prefixes.used[allowed], prefixes.loss[allowed]))]
-        return [self._predicted(prefixes, index) for index in order[: self.keep]]
+        return [self._predicted(prefixes, index) for index in order[: self.keep].tolist()]
 
     @cached_property
     def _by_cost(self) -> _Prefixes:
@@ -118,7 +118,7 @@ class Solver:
         prefixes = self._run(np.zeros(1, dtype=np.int64), spent, prune)
         assert (prefixes.used == packed).all()
         order = np.argsort(prefixes.loss, kind="stable")
-        return [self._predicted(prefixes, index) for index in order[: self.keep]]
+        return [self._predicted(prefixes, index) for index in order[: self.keep].tolist()]
 
     def _run(self, used: np.ndarray, spent: list[np.ndarray], prune: Prune) -> _Prefixes:
         """Extend all prefixes by each layer's mixers in turn, dropping those that cannot matter."""
@@ -157,5 +157,5 @@ class Solver:
         return order[rank < self.keep]
 
     def _predicted(self, prefixes: _Prefixes, index: int) -> Predicted:
-        placement = prefixes.placement(int(index), self._names)
+        placement = prefixes.placement(index, self._names)
         return Predicted(placement, self.cost.of(placement), float(prefixes.loss[index]))

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from gearshift.mixers.base import Mixer
-from gearshift.plan import Expression, Initialise, Reference, references
+from gearshift.mixers.base import Mixer, Start
+from gearshift.plan import Expression, Initialise, Initialiser, Reference, references
 from gearshift.plan.rewrite import substitute
 from gearshift.spec import MIXERS, BlockSpec, MixerSpec, ModelSpec, StochasticMixerSpec
 
@@ -73,15 +73,16 @@ class Draft:
         return replace(self, tensors=kept, reasons={**reasons, **self.reasons})
 
     def started(
-        self, prefix: str, spec: MixerSpec, given: Mapping[str, Expression], origin: Mapping[str, Expression]
+        self, prefix: str, spec: MixerSpec, given: Mapping[str, Start], origin: Mapping[str, Expression]
     ) -> "Draft":
         """With a new mixer's tensors below `prefix`: `given` over `origin`'s names, the rest from its initialisers."""
         made: dict[str, Expression] = {}
         for name, (shape, initialiser) in mixer_tensors(spec, self.spec.hidden_size).items():
-            if name in given:
-                made[prefix + name] = substitute(given[name], origin)
+            start = given.get(name, initialiser)
+            if isinstance(start, Initialiser):
+                made[prefix + name] = Initialise(start, shape, self.dtype)
             else:
-                made[prefix + name] = Initialise(initialiser, shape, self.dtype)
+                made[prefix + name] = substitute(start, origin)
         return replace(self, tensors={**self.tensors, **made})
 
 

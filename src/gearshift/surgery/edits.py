@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from gearshift.mixers.base import Start
 from gearshift.plan import Expression, references
 from gearshift.spec import MIXERS, BlockSpec, MixerSpec, Spec, StochasticMixerSpec
 from gearshift.surgery.draft import LAYERS, Draft, mixer_tensors, stochastic
@@ -259,7 +260,7 @@ def _with_mixer(block: BlockSpec, name: str | None, spec: MixerSpec) -> BlockSpe
 
 def _begin(
     settings: Mapping[str, Any], origin: MixerSpec, init: Init, hidden_size: int
-) -> tuple[MixerSpec, Mapping[str, Expression]]:
+) -> tuple[MixerSpec, Mapping[str, Start]]:
     """A new mixer's complete spec, and those of its tensors that come from the mixer it starts from."""
     if "type" not in settings:
         raise ValueError(f"the new mixer {dict(settings)} has no 'type': one of {', '.join(MIXERS.names())}")

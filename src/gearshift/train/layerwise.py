@@ -56,6 +56,7 @@ class LayerwiseRun(StageRun):
             self.students,
             tokens.split(self.part_size),
             self.stage.calibration,
+            self.stage.ridge,
             self.precision,
         )
 

@@ -77,6 +77,8 @@ class LayerwiseStage(StageSettings):
     """How the new mixers' output projections are fitted before the first step: not at all, by one factor, or whole."""
     calibration_sequences: int | None = Field(default=None, ge=1)
     """Sequences to calibrate on; one step's if left out."""
+    ridge: Rate = 1.0
+    """`ridge`: how strongly the fit is held to the scaled projection, as a share of the features' mean square."""
 
 
 class StochasticStage(StageSettings):

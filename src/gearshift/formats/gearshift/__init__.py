@@ -14,7 +14,7 @@ STUB_CODE = '''"""Loads this checkpoint with `trust_remote_code=True`. Its code 
 try:
     from gearshift.model import GearshiftConfig, GearshiftForCausalLM
 except ModuleNotFoundError as error:
-    if error.name != "gearshift":
+    if error.name not in ("gearshift", "gearshift.model"):
         raise
     raise ImportError("this checkpoint needs the package gearshift: pip install gearshift") from None
 

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from gearshift.mixers.attention import AttentionSpec
-from gearshift.mixers.base import Transfer
+from gearshift.mixers.base import Start, Transfer
 from gearshift.mixers.from_attention import check_heads, head_for_head
 from gearshift.mixers.gated_delta_net import GatedDeltaNetSpec
-from gearshift.plan import Expression
 from gearshift.spec import MixerSpec
 
 
@@ -24,7 +23,7 @@ def infer(source: MixerSpec, hidden_size: int, given: Mapping[str, Any]) -> Gate
     return GatedDeltaNetSpec.model_validate({**sizes, **given}).resolved(hidden_size)
 
 
-def plan(source: MixerSpec, target: MixerSpec, hidden_size: int) -> Mapping[str, Expression]:
+def plan(source: MixerSpec, target: MixerSpec, hidden_size: int) -> Mapping[str, Start]:
     """Queries, keys, values and output from the attention; the gates start from the initialisers.
 
     ValueError if the target's heads are not the attention's in number and width. Biases are left behind.
@@ -34,7 +33,7 @@ def plan(source: MixerSpec, target: MixerSpec, hidden_size: int) -> Mapping[str,
     source, target = source.resolved(hidden_size), target.resolved(hidden_size)
     sizes = {name: getattr(target, name) for name in ("key_heads", "value_heads", "key_dim", "value_dim")}
     check_heads(source, target.type, sizes)
-    return head_for_head(source, hidden_size, target.conv_kernel)
+    return head_for_head(source, hidden_size)
 
 
 FROM_ATTENTION = Transfer(infer, plan)

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from gearshift.mixers.attention import AttentionSpec
-from gearshift.mixers.base import Transfer
+from gearshift.mixers.base import Start, Transfer
 from gearshift.mixers.from_attention import check_heads, head_for_head
 from gearshift.mixers.kimi_delta_attention import KimiDeltaAttentionSpec
-from gearshift.plan import Expression
 from gearshift.spec import MixerSpec
 
 
@@ -19,7 +18,7 @@ def infer(source: MixerSpec, hidden_size: int, given: Mapping[str, Any]) -> Kimi
     return KimiDeltaAttentionSpec.model_validate({**sizes, **given}).resolved(hidden_size)
 
 
-def plan(source: MixerSpec, target: MixerSpec, hidden_size: int) -> Mapping[str, Expression]:
+def plan(source: MixerSpec, target: MixerSpec, hidden_size: int) -> Mapping[str, Start]:
     """Queries, keys, values and output from the attention; the gates start from the initialisers.
 
     ValueError if the target's heads are not the attention's in number and width. Biases are left behind.
@@ -28,7 +27,7 @@ def plan(source: MixerSpec, target: MixerSpec, hidden_size: int) -> Mapping[str,
     assert isinstance(target, KimiDeltaAttentionSpec)
     source, target = source.resolved(hidden_size), target.resolved(hidden_size)
     check_heads(source, target.type, {"heads": target.heads, "head_dim": target.head_dim})
-    return head_for_head(source, hidden_size, target.conv_kernel)
+    return head_for_head(source, hidden_size)
 
 
 FROM_ATTENTION = Transfer(infer, plan)

@@ -1,0 +1,118 @@
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from gearshift.train import (
+    AllocationSampling,
+    DistillationSettings,
+    LayerwiseStage,
+    PresetSampling,
+    Recipe,
+    StochasticStage,
+    load_recipe,
+)
+
+RECIPE = """
+model: supernet
+output: run
+batch_size: 4
+stages:
+  - {type: layerwise, steps: 3}
+  - type: stochastic
+    steps: 2
+    losses: {forward_kl: 1, cross_entropy: 0.1}
+    sampling: {type: presets, probabilities: {fast: 0.2}}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_a_recipe_is_read_with_its_defaults(path: Path) -> None:
+    recipe = load_recipe(path)
+    layerwise, stochastic = recipe.stages
+    assert isinstance(layerwise, LayerwiseStage)
+    assert isinstance(stochastic, StochasticStage)
+    assert (layerwise.learning_rate, stochastic.learning_rate) == (1e-3, 5e-4)
+    assert stochastic.losses.cross_entropy == 0.1
+    assert isinstance(stochastic.sampling, PresetSampling)
+    assert isinstance(stochastic.sampling.otherwise, AllocationSampling)
+    assert (recipe.teacher, recipe.device, recipe.total_steps) == ("self", "auto", 5)
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_overrides_reach_every_depth_and_are_yaml(path: Path) -> None:
+    overrides = ["stages.0.steps=10", "optimiser.betas=[0.8, 0.9]", "text=null", "stages.1.sampling={type: uniform}"]
+    recipe = load_recipe(path, [*overrides, "learning_rate_scales={'*.A_log': 0.1}", "stages.0.schedule.warmup=0.5"])
+    assert recipe.stages[0].steps == 10
+    assert recipe.optimiser.betas == (0.8, 0.9)
+    assert recipe.stages[1].sampling.type == "uniform"
+    assert recipe.learning_rate_scales == {"*.A_log": 0.1}
+    assert recipe.stages[0].schedule.warmup == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("stages.0.stpes=1", "unknown key 'stages.0.stpes': did you mean steps?"),
+        ("batchsize=1", "unknown key 'batchsize': did you mean batch_size?"),
+        ("stages.1.losses.kl=1", "unknown key 'stages.1.losses.kl'"),
+        ("stages.2.steps=1", "'2' is no index into a list of 2"),
+        ("seed.x.y=1", "seed: input should be a valid integer"),
+        ("model.x=1", "'model.x=1' goes too deep: model is 'supernet', which has no parts"),
+        ("batch_size", "'batch_size' is not an override: write key=value"),
+        ("batch_size=[", r"the value in 'batch_size=\[' is not valid YAML"),
+        ("batch_size=0", "batch_size: input should be greater than or equal to 1, not 0"),
+        ("batch_size=many", "batch_size: input should be a valid integer.*, not 'many'"),
+        ("stages=[]", "stages: .*at least 1"),
+        ("stages.0.type=layerwize", "stages.0: .*'layerwise', 'stochastic'"),
+        ("gradient_accumulation=3", "stage 0: 4 sequences a step cannot be processed in 3 equal parts"),
+        ("stages.1.losses={forward_kl: 0}", "at least one of them must be positive"),
+        ("stages.1.sampling={type: weighted, weights: {a: -1}}", "stages.1.sampling.weights: weights: 'a' has -1"),
+        ("model=", "model: "),
+        ("learning_rate_scales={'*': -1}", "greater than or equal to 0"),
+    ],
+)
+def test_bad_settings_get_one_sentence(path: Path, override: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load_recipe(path, [override])
+    assert not isinstance(caught.value, ValidationError)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("stages: [", "is not valid YAML"),
+        ("- a", "is not a recipe: it must be a mapping"),
+        ("", "is not a recipe"),
+        ("model: m\nstages: [{type: layerwise, steps: 1}]", "the key 'output' is missing"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"recipe.yaml.*{sentence}"):
+        load_recipe(path)
+    with pytest.raises(ValueError, match=r"nowhere\.yaml cannot be read: No such file"):
+        load_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_every_setting_says_what_it_means() -> None:
+    schema = Recipe.model_json_schema()
+    models = {"Recipe": schema, **schema["$defs"]}
+    for name, model in models.items():
+        for field, described in model["properties"].items():
+            assert described.get("description"), f"{name}.{field}"
+    assert json.dumps(schema)
+
+
+def test_settings_in_memory_need_no_files() -> None:
+    settings = DistillationSettings(stages=[LayerwiseStage(steps=1, batch_size=6)], gradient_accumulation=3)
+    assert (settings.batch_size_of(0), settings.parts_of(0)) == (6, 3)

@@ -1,0 +1,208 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from gearshift import Placement
+from gearshift.train import Callback, Recipe, Record, StepRecord, TensorBoard, read_records, train
+from tests.models import supernet, tokens
+
+STAGES = (
+    {"type": "layerwise", "steps": 3},
+    {"type": "stochastic", "steps": 5, "losses": {"forward_kl": 1, "activation": 0.5}},
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A supernet's folder with a tokenizer that gives each letter a token, and a text."""
+    folder = tmp_path_factory.mktemp("source")
+    supernet(layers=2).save_pretrained(folder / "model")
+    letters = Tokenizer(models.WordLevel({chr(32 + index): index for index in range(61)}, unk_token=" "))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token=" ").save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG. " * 20)
+    return folder
+
+
+def recipe(source: Path, output: Path, **more) -> Recipe:
+    given = {
+        "model": str(source / "model"),
+        "output": str(output),
+        "text": str(source / "text.txt"),
+        "sequence_length": 16,
+        "batch_size": 4,
+        "gradient_accumulation": 2,
+        "checkpoint_every": 2,
+        "stages": STAGES,
+        "device": "cpu",
+    }
+    return Recipe.model_validate(given | more)
+
+
+def timeless(output: Path) -> list[dict]:
+    """The record without the times, which nothing can repeat."""
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in read_records(output / "metrics.jsonl")]
+
+
+class Interrupt(Callback):
+    """Ctrl-C as soon as step `at` has been recorded."""
+
+    def __init__(self, at: int):
+        self.at = at
+
+    def on_record(self, record: Record) -> None:
+        if isinstance(record, StepRecord) and record.global_step == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def unbroken(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp("unbroken") / "run"
+    result = train(recipe(source, output, held_out=2))
+    torch.set_num_threads(threads)
+    assert (result.model, result.steps, result.resumed_at) == (output / "model", 8, None)
+    return output
+
+
+def test_a_run_leaves_a_model_and_its_record(source: Path, unbroken: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(unbroken / "model")
+    before = AutoModelForCausalLM.from_pretrained(source / "model")
+    batch = tokens(2, 20)
+    assert torch.equal(model(batch).logits, before(batch).logits)
+    assert not torch.equal(model(batch, placement="kda").logits, before(batch, placement="kda").logits)
+    assert (unbroken / "model" / "tokenizer.json").exists()
+    assert sorted(path.name for path in unbroken.iterdir()) == ["metrics.jsonl", "model", "recipe.json"]
+    records = read_records(unbroken / "metrics.jsonl")
+    assert [record["event"] for record in records] == [
+        "calibration", "step", "step", "step", "stage_end", *["step"] * 5, "stage_end",
+    ]  # fmt: skip
+    assert all(len(Placement.parse(record["placement"])) == 2 for record in records[5:10])
+    assert records[1]["layers"].keys() == {"window", "gdn", "kda"}
+    assert records[1]["tokens"] == 64
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 5, 7])
+def test_a_resumed_run_is_the_unbroken_run(source: Path, unbroken: Path, tmp_path: Path, at: int) -> None:
+    """Killed after step `at` (in either stage, at a checkpoint or between two), then run again: the same bits."""
+    run = recipe(source, tmp_path / "run", held_out=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, callbacks=[Interrupt(at)])
+    assert not (tmp_path / "run" / "model").exists()
+    result = train(run)
+    assert result.resumed_at == {0: None, 1: None, 2: 2, 3: 3, 5: 4, 7: 6}[at]
+    assert timeless(tmp_path / "run") == timeless(unbroken)
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "run" / "model" / file).read_bytes() == (unbroken / "model" / file).read_bytes()
+
+
+def test_a_kill_while_a_checkpoint_is_written_costs_only_that_checkpoint(
+    source: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = recipe(source, tmp_path / "run", held_out=2)
+    saved = torch.save
+    calls = iter(range(10))
+
+    def failing(state: object, path: Path) -> None:
+        saved(state, path)
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(KeyboardInterrupt):
+        train(run)
+    monkeypatch.setattr(torch, "save", saved)
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    # What a kill without warning leaves behind must not be mistaken for a checkpoint.
+    (tmp_path / "run" / "checkpoints" / ".step-99999999-stage-01.tmp").mkdir()
+    train(run)
+    assert timeless(tmp_path / "run") == timeless(unbroken)
+
+
+def test_a_finished_run_does_nothing(source: Path, unbroken: Path) -> None:
+    weights = (unbroken / "model" / "model.safetensors").stat().st_mtime_ns
+    result = train(recipe(source, unbroken, held_out=2, log_every=3))
+    assert result.already_finished
+    assert result.steps == 0
+    assert (unbroken / "model" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_the_weights_keep_the_dtype_they_came_in(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source / "model", tmp_path / "half")
+    supernet(layers=2).bfloat16().save_pretrained(tmp_path / "half")
+    train(recipe(source, tmp_path / "run", model=str(tmp_path / "half"), stages=[{"type": "layerwise", "steps": 1}]))
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "run/model"))
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(any(f".{mixer}." in name for mixer in ("window", "gdn", "kda")) for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"seed": 1}, "holds a run of another recipe: there, 'seed' was 0, not 1"),
+        ({"model": "/nowhere/model", "output": "{new}"}, "there is no model at /nowhere/model"),
+        ({"text": "/nowhere.txt", "output": "{new}"}, "no text at /nowhere.txt"),
+        ({"sequence_length": 100_000, "output": "{new}"}, "the text is too short: 900 tokens do not make one"),
+        ({"held_out": 56, "output": "{new}"}, "too few to hold out 56"),
+        ({"device": "abacus", "output": "{new}"}, "the device 'abacus' cannot be used"),
+        ({"freeze": ["*.mamba.*"], "output": "{new}"}, "matches no parameter"),
+        ({"output": "{source}"}, "holds something else than a training run"),
+    ],
+)
+def test_what_cannot_run_is_refused_and_leaves_no_trace(source, unbroken, tmp_path, changes, sentence) -> None:
+    places = {"{new}": str(tmp_path / "new"), "{source}": str(source)}
+    changes = {key: places.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
+    record = (unbroken / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=sentence) as caught:
+        train(recipe(source, Path(changes.pop("output", unbroken)), **{"held_out": 2} | changes))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+    assert (unbroken / "metrics.jsonl").read_bytes() == record
+
+
+def test_another_text_or_a_broken_checkpoint_is_refused(source: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    shutil.copy(source / "text.txt", text)
+    run = recipe(source, tmp_path / "run", text=str(text))
+    with pytest.raises(KeyboardInterrupt):
+        train(run, callbacks=[Interrupt(3)])
+    text.write_text(text.read_text() + "PACK MY BOX WITH FIVE DOZEN LIQUOR JUGS.")
+    with pytest.raises(ValueError, match="the text has changed since the run in"):
+        train(run)
+    shutil.copy(source / "text.txt", text)
+    checkpoint = next((tmp_path / "run" / "checkpoints").iterdir())
+    (checkpoint / "weights.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"the checkpoint .* cannot be read"):
+        train(run)
+
+
+def test_tensorboard_gets_the_curves(source: Path, tmp_path: Path) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(recipe(source, tmp_path / "run", tensorboard=True, log_every=2))
+    events = accumulators.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("learning rate")] == [0, 2, 4, 6]
+    assert {"loss", "terms/forward_kl", "mixers/gdn", "tokens a second"} <= set(events.Tags()["scalars"])
+
+
+def test_a_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        TensorBoard(tmp_path)
+
+
+def test_numbers_that_json_lacks_become_null(source: Path, unbroken: Path) -> None:
+    step = StepRecord(
+        stage=0, type="layerwise", step=0, global_step=0, total_steps=1, loss=1.0, terms={"activation": float("nan")},
+        learning_rate=0.1, gradient_norm=float("inf"), tokens=1, seconds=1.0, placement=Placement(["a", "a"]),
+    )  # fmt: skip
+    line = json.loads(step.to_json())
+    assert (line["gradient_norm"], line["terms"], line["placement"]) == (None, {"activation": None}, "a*2")
