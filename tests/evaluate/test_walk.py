@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.models import supernet, tokens
+from tests.models import supernet, supernet_spec, tokens
 
 from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec
 from gearshift.evaluate import Stop, route, walk
@@ -36,9 +36,8 @@ def test_every_stop_equals_a_plain_forward_bit_for_bit(batch: int) -> None:
     placements = [*single_changes(model.spec), Placement.parse("kda,gdn,window,attention"), model.spec.main]
     stops = route(model.spec, placements)
     with torch.inference_mode():
-        walked = {
-            stop.placement: model.model.norm(hidden) for stop, hidden in zip(stops, walk(model.model, ids, stops))
-        }
+        visits = zip(stops, walk(model.model, ids, stops), strict=True)
+        walked = {stop.placement: model.model.norm(hidden) for stop, hidden in visits}
     for placement in placements:
         with torch.no_grad():
             plain = model.model(ids, placement=placement).last_hidden_state
@@ -57,6 +56,14 @@ def test_blocks_run_as_often_as_the_route_says() -> None:
     layers, mixers = 5, 4
     assert len(runs) == sum(stop.layer_evaluations for stop in stops)
     assert len(runs) == layers + (mixers - 1) * layers * (layers + 1) // 2
+
+
+def test_single_changes_of_thirty_layers_need_half_of_the_layer_evaluations() -> None:
+    """The figures of docs/search.md."""
+    spec = supernet_spec(layers=30)
+    stops = route(spec, [spec.main, *single_changes(spec)])
+    assert 30 * len(stops) == 2730
+    assert sum(stop.layer_evaluations for stop in stops) == 1425
 
 
 def test_shared_weights_walk_too() -> None:

@@ -23,7 +23,7 @@ from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridGated
 from gearshift.mixers.attention import AttentionSpec
 from gearshift.mixers.gated_delta_net import KIND, GatedDeltaNetSpec
 from gearshift.mixers.gated_delta_net.module import GatedDeltaNet
-from gearshift.plan import TensorInfo, infer
+from gearshift.plan import Initialiser, TensorInfo, infer
 from gearshift.spec import MIXERS
 
 OLMO = {"conv1d.weight": ["q_conv.weight", "k_conv.weight", "v_conv.weight"], "g_proj.weight": ["gate_proj.weight"]}
@@ -138,8 +138,9 @@ def test_transfer_from_attention() -> None:
     made = transfer.plan(source, target, HIDDEN)
     shapes = {name: tuple(x.shape) for name, x in GatedDeltaNet(target, HIDDEN).named_parameters()}
     for name, expression in made.items():
-        assert infer(expression, schema).shape == shapes[name], name
-    assert made["A_log"].initialiser.value == pytest.approx(math.log(0.1))
+        if not isinstance(expression, Initialiser):
+            assert infer(expression, schema).shape == shapes[name], name
+    assert made["A_log"].value == pytest.approx(math.log(0.1))
 
 
 @pytest.mark.parametrize("wrong", [{"value_heads": 12}, {"key_heads": 2}, {"key_dim": 8}, {"value_dim": 20}])

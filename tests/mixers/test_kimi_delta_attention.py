@@ -21,7 +21,7 @@ from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDelta
 from gearshift.mixers.attention import AttentionSpec
 from gearshift.mixers.kimi_delta_attention import KIND, KimiDeltaAttentionSpec
 from gearshift.mixers.kimi_delta_attention.module import KimiDeltaAttention
-from gearshift.plan import TensorInfo, infer
+from gearshift.plan import Initialiser, TensorInfo, infer
 from gearshift.spec import MIXERS
 
 KIMI = {
@@ -123,7 +123,8 @@ def test_transfer_from_attention() -> None:
     schema["o_proj.weight"] = TensorInfo((HIDDEN, 60), "float32")
     shapes = {name: tuple(x.shape) for name, x in KimiDeltaAttention(target, HIDDEN).named_parameters()}
     for name, expression in transfer.plan(source, target, HIDDEN).items():
-        assert infer(expression, schema).shape == shapes[name], name
+        if not isinstance(expression, Initialiser):
+            assert infer(expression, schema).shape == shapes[name], name
 
 
 @pytest.mark.parametrize("wrong", [{"heads": 12}, {"head_dim": 8}])

@@ -3,6 +3,8 @@
 import math
 import random
 import sys
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 from gearshift.report import (
@@ -37,7 +39,7 @@ BYTES = {"attention": 8.05e6, "window": 1.92e6, "gdn": 2.75e6, "kda": 2.93e6}
 STATE = {"attention": 6_291_456, "window": 98_304, "gdn": 165_888, "kda": 171_000}
 HARM = {"attention": 0.0, "window": 1.25, "gdn": 0.8, "kda": 0.95}
 SHARED = 212e6
-UNIT = "bytes a token at 8192 tokens of context"
+DOMINATED = "In every layer gdn costs less and diverges less than kda."
 PROMPT = "Explain in two sentences why a <b>bicycle</b> stays upright & what a gear does."
 TEXTS = {
     "quality": "A bicycle stays upright because the rider steers into each small fall, which brings the wheels back "
@@ -94,73 +96,68 @@ def minimal(layers: int = 2) -> Report:
 
 
 def sample_search(layers: int, seed: int) -> Search:
-    """Candidates of a made-up additive landscape, with its true front."""
+    """Candidates of a made-up, nearly additive landscape, with their true front."""
     draw = random.Random(seed)
     weight = [0.004 + 0.03 * draw.random() ** 3 + 0.02 * math.exp(-layer) for layer in range(layers)]
+    order = sorted(range(layers), key=lambda layer: weight[layer])
     main = Placement(["attention"] * layers)
 
     def judge(placement: Placement, kind: str) -> Candidate:
         predicted = sum(weight[layer] * HARM[mixer] for layer, mixer in enumerate(placement))
         changed = layers - placement.counts().get("attention", 0)
         divergence = predicted * (1 + 1.8 * (changed / layers) ** 2) * (1 + 0.05 * draw.random())
-        cost = SHARED + sum(BYTES[mixer] for mixer in placement)
         told = predicted if kind in ("verified", "preset") else None
-        return Candidate(placement=placement, kind=kind, cost=cost, divergence=divergence, predicted=told)
+        return Candidate(placement=placement, kind=kind, cost=_cost(placement), divergence=divergence, predicted=told)
 
     found = [judge(Placement([mixer] * layers), "pure") for mixer in MIXERS]
-    found += [
-        judge(main.replace(layer, mixer), "single change")
-        for layer in range(layers)
-        for mixer in ("window", "gdn", "kda")
-    ]
-    order = sorted(range(layers), key=lambda layer: weight[layer])
+    others = [mixer for mixer in MIXERS if mixer != "attention"]
+    found += [judge(main.replace(layer, mixer), "single change") for layer in range(layers) for mixer in others]
     for kept in range(0, layers, max(1, layers // 9)):
         for cheap in ("gdn", "window"):
-            placement = main
-            for place, layer in enumerate(order[: layers - kept]):
-                placement = placement.replace(layer, cheap if place % 3 else "gdn")
-            found.append(judge(placement, "verified"))
-    low = min(BYTES.values()) * layers + SHARED
-    high = BYTES["attention"] * layers + SHARED
+            found.append(judge(_changed(main, order[: layers - kept], (cheap, "gdn", cheap)), "verified"))
+    span = CostSpan(cheapest=_cost(Placement(["window"] * layers)), main=_cost(main))
     presets = []
     for name, share in (("quality", 0.75), ("balanced", 0.5), ("fast", 0.25)):
-        budget = low + share * (high - low)
+        budget = span.cheapest + share * (span.main - span.cheapest)
         keep = int((budget - SHARED - BYTES["gdn"] * layers) / (BYTES["attention"] - BYTES["gdn"]))
-        placement = main
-        for place, layer in enumerate(order[: layers - keep]):
-            placement = placement.replace(layer, "window" if place < 3 else "gdn")
-        judged = judge(placement, "preset")
-        found.append(judged)
-        presets.append(
-            Preset(
-                name=name,
-                placement=placement,
-                counts=placement.counts(),
-                budget_share=share,
-                budget_cost=budget,
-                cost=judged.cost,
-                divergence=judged.divergence,
-                state_bytes=sum(STATE[mixer] for mixer in placement),
-            )
-        )
-    front = [one for one in found if not any(_beats(other, one) for other in found)]
+        placement = _changed(main, order[: layers - max(0, keep)], ("window", *["gdn"] * (layers // 4)))
+        found.append(judge(placement, "preset"))
+        presets.append(_preset(name, share, budget, placement, found[-1]))
     return Search(
-        cost_unit=UNIT,
+        cost_unit="bytes a token at 8192 tokens of context",
         context=8192,
-        span=CostSpan(cheapest=low, main=high),
+        span=span,
         candidates=tuple(found),
-        front=tuple(front),
+        front=tuple(one for one in found if not any(_beats(other, one) for other in found)),
         presets=tuple(presets),
-        dominated=(
-            DominatedMixer(
-                mixer="kda",
-                in_no_preset=True,
-                reason="In every layer gdn costs less and diverges less than kda.",
-            ),
-        ),
+        dominated=(DominatedMixer(mixer="kda", in_no_preset=True, reason=DOMINATED),),
         main_state_bytes=STATE["attention"] * layers,
         layer_evaluations=1984,
         layer_evaluations_saved=1436,
+    )
+
+
+def _cost(placement: Placement) -> float:
+    return SHARED + sum(BYTES[mixer] for mixer in placement)
+
+
+def _changed(placement: Placement, order: Sequence[int], mixers: Sequence[str]) -> Placement:
+    """The placement with the given mixers, in turn, in some layers."""
+    for layer, mixer in zip(order, cycle(mixers), strict=False):
+        placement = placement.replace(layer, mixer)
+    return placement
+
+
+def _preset(name: str, share: float, budget: float, placement: Placement, judged: Candidate) -> Preset:
+    return Preset(
+        name=name,
+        placement=placement,
+        counts=placement.counts(),
+        budget_share=share,
+        budget_cost=budget,
+        cost=judged.cost,
+        divergence=judged.divergence,
+        state_bytes=sum(STATE[mixer] for mixer in placement),
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 from tests.models import MIXERS, supernet_spec
 
 from gearshift import ModelSpec
-from gearshift.search import BeamSearch, BeamSettings, Budget, Ledger, ScoreTable, non_dominated, single_changes
+from gearshift.search import BeamSearch, BeamSettings, Budget, Ledger, ScoreTable, non_dominated
 from gearshift.spec import CostTable, Placement
 
 LAYERS = 5
@@ -34,10 +34,7 @@ class Formula:
 
 
 def beam(metric: Formula, settings: BeamSettings) -> BeamSearch:
-    ledger = Ledger(None, metric)  # type: ignore[arg-type]
-    known = [SPEC.main, *single_changes(SPEC)]
-    table = ScoreTable.from_losses(SPEC, dict(zip(known, ledger.losses(known), strict=True)))
-    return BeamSearch(SPEC, COST, ledger, table, settings)
+    return BeamSearch(SPEC, COST, Ledger(None, metric), settings)  # type: ignore[arg-type]
 
 
 def best(metric: Formula, budget: Budget) -> float:
@@ -87,7 +84,7 @@ def test_seeds_widen_the_first_step_only() -> None:
             return found
 
     search = beam(Formula(), BeamSettings(width=2, seeds=7, branch=None))
-    Watched(SPEC, COST, search.ledger, search.table, search.settings).run([Budget.parse("attention=3")])
+    Watched(SPEC, COST, search.ledger, search.settings).run([Budget.parse("attention=3")])
     assert kept == [7, 2]
 
 
@@ -132,7 +129,7 @@ def test_a_dead_end_is_left_through_the_exact_solver() -> None:
     ledger = Ledger(None, Formula())  # type: ignore[arg-type]
     start = Placement(["window", "attention"])
     budget = Budget.parse("attention=1,gdn=1")
-    (level,) = BeamSearch(spec, cost, ledger, ScoreTable(0.0, losses)).run([budget], start=start)
+    (level,) = BeamSearch(spec, cost, ledger, table=ScoreTable(0.0, losses)).run([budget], start=start)
     assert list(map(str, level.beam)) == ["attention,gdn"]
 
 

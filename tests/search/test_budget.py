@@ -60,7 +60,10 @@ def test_unreadable(text: str, message: str) -> None:
         ("zzz=2", "counts an unknown mixer 'zzz': there are attention, window, gdn, kda"),
         ("attention=7", "asks for 7 layers, but the model has 6"),
         ("attention=4,gdn=3", "asks for 7 layers, but the model has 6"),
-        ("attention=2,window=1,gdn=1,kda=1", "must lie from 6 to 6"),
+        (
+            "attention=2,window=1,gdn=1,kda=1",
+            "of the 6 layers 6 offer nothing else and 6 offer one of them, so the number must be 6",
+        ),
     ],
 )
 def test_impossible(text: str, message: str) -> None:

@@ -82,6 +82,12 @@ def test_equal_distributions_diverge_by_nothing() -> None:
     assert given["student"].grad.abs().max() == 0
 
 
+def test_without_weights_there_is_nothing_to_compute() -> None:
+    loss, terms = head_losses(**operands(torch.float32), weights={"activation": 1.0, "forward_kl": 0.0})
+    assert loss == 0
+    assert not terms
+
+
 def test_autocast_computes_in_its_precision() -> None:
     given = operands(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -78,7 +78,8 @@ def test_a_run_leaves_a_model_and_its_record(source: Path, unbroken: Path) -> No
     batch = tokens(2, 20)
     assert torch.equal(model(batch).logits, before(batch).logits)
     assert not torch.equal(model(batch, placement="kda").logits, before(batch, placement="kda").logits)
-    assert (unbroken / "model" / "tokenizer.json").exists()
+    assert {"tokenizer.json", "modeling_gearshift.py"} <= {path.name for path in (unbroken / "model").iterdir()}
+    assert "auto_map" in json.loads((unbroken / "model" / "config.json").read_text())
     assert sorted(path.name for path in unbroken.iterdir()) == ["metrics.jsonl", "model", "recipe.json"]
     records = read_records(unbroken / "metrics.jsonl")
     assert [record["event"] for record in records] == [

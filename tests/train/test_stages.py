@@ -79,6 +79,22 @@ def test_the_stochastic_loss_falls_on_one_placement() -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+def test_recomputing_changes_no_bit(autocast: str) -> None:
+    trained = []
+    for recompute in (False, True):
+        model = supernet(layers=3)
+        train(model, StochasticStage(steps=3, losses=ALL_LOSSES, recompute=recompute), autocast=autocast)
+        trained.append(model.state_dict())
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+
+
+def test_activations_alone_can_be_learnt_from() -> None:
+    stage = StochasticStage(steps=2, sampling=only("kda"), losses=LossWeights(forward_kl=0, activation=1))
+    records = train(supernet(layers=2), stage)
+    assert [records[0].terms.keys(), records[0].loss] == [{"activation"}, records[0].terms["activation"]]
+
+
 def test_the_stages_gradient_is_that_of_the_plain_loss() -> None:
     """The shortcuts (the teacher's hidden states up to the first difference, chunks of the head) change nothing."""
     model, batch = supernet(layers=3), tokens(2, 20)

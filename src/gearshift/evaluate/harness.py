@@ -40,7 +40,7 @@ def run_harness(
     before = model._placement
     model.set_placement(placement)
     try:
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         results = lm_eval.simple_evaluate(
             model=wrapped, tasks=list(tasks), num_fewshot=few_shot, limit=limit, **settings
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 from gearshift.report.data import Candidate, Search, Stage
 from gearshift.report.html import Html
-from gearshift.report.labels import Label, place_labels, spread
+from gearshift.report.labels import Label, along_steps, place_labels, spread
 from gearshift.report.numbers import cost, cost_words, counts_bytes, number
 from gearshift.report.palette import LIGHT, Palette
 from gearshift.report.svg import draw
@@ -194,6 +194,7 @@ class _Pareto:
 
         labels = [Label(text, *pixels(found)) for found, text, _ in named]
         obstacles = [pixels(found) for found in (*self.candidates, *self.presets)]
+        obstacles += along_steps(sorted(pixels(found) for found in self.search.front if _drawable(found)))
         frame = axes.get_window_extent()
         offsets = place_labels(labels, obstacles, (frame.x0, frame.y0, frame.x1, frame.y1))
         style = {"textcoords": "offset points", "weight": 700, "zorder": 7, "va": "center"}

@@ -3,7 +3,7 @@
 from gearshift.report.data import Candidate, DominatedMixer, Generation, Preset, Report, Search
 from gearshift.report.figures import pareto
 from gearshift.report.html import Child, Html, tag
-from gearshift.report.numbers import cost, cost_words, number, percent, ratio, setting, size
+from gearshift.report.numbers import cost, cost_words, number, percent, ratio, setting, size, unit_words
 from gearshift.report.palette import Palette
 from gearshift.report.parts import Section, facts, folded, note, plural, table, wide
 from gearshift.report.strips import CELL, dot, legend, ruler, run_lengths, strip
@@ -37,14 +37,14 @@ def _lead(report: Report) -> str:
         return said + f"With {report.main} in every layer the model is the teacher itself."
     main = cost(search.span.main, search.cost_unit)
     return said + (
-        f"With it everywhere the model is the teacher itself, at {main} {cost_words(cost_unit_words(search))}. "
+        f"With it everywhere the model is the teacher itself, at {main} {cost_words(search.cost_unit)}. "
         f"{'The preset below runs' if len(search.presets) == 1 else 'Each preset below runs'} from the same checkpoint."
     )
 
 
 def _terms(report: Report, search: Search) -> str:
     """What the cards' words mean, where it is not plain from them."""
-    said = f"Cost is {cost_unit_words(search)}. Divergence is from the teacher, on held-out text."
+    said = f"Cost is {unit_words(search.cost_unit)}. Divergence is from the teacher, on held-out text."
     if any(preset.state_bytes is not None for preset in search.presets):
         said += f" State is what one sequence keeps at {search.context:,} tokens."
     return said + (" Speed was measured on the generations below." if report.generations else "")
@@ -120,11 +120,6 @@ def _search_words(search: Search) -> str:
     return words
 
 
-def cost_unit_words(search: Search) -> str:
-    """The whole unit with its context in readable digits."""
-    return search.cost_unit.replace(f" {search.context} ", f" {search.context:,} ")
-
-
 def _dominated_words(dominated: DominatedMixer) -> Child:
     presets = "It is in no preset." if dominated.in_no_preset else "It is in a preset all the same."
     return [tag("b", dominated.mixer, " is dominated. "), dominated.reason, " ", presets]
@@ -177,13 +172,11 @@ def _placement(preset: Preset, report: Report, palette: Palette) -> Html:
 
 
 def _ladder(search: Search, layers: int, palette: Palette) -> Html:
-    names = {preset.placement: preset.name for preset in search.presets}
     rungs = []
     for point in sorted(search.front, key=lambda point: point.cost or 0.0):
+        names = ", ".join(preset.name for preset in search.presets if preset.placement == point.placement)
         figures = (tag("span", cost(point.cost, search.cost_unit)), tag("span", number(point.divergence)))
-        rungs.append(
-            tag("div", tag("b", names.get(point.placement)), strip(point.placement, palette, thin=True), figures)
-        )
+        rungs.append(tag("div", tag("b", names), strip(point.placement, palette, thin=True), figures))
     head = tag("div", tag("b"), tag("span"), tag("span", "cost"), tag("span", "nats"), class_="ladder-head")
     foot = tag("div", tag("b"), ruler(layers), tag("span"), tag("span"))
     return tag("div", head, rungs, foot, class_="ladder")

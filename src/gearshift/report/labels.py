@@ -66,6 +66,16 @@ def place_labels(labels: Sequence[Label], points: Sequence[tuple[float, float]],
     return offsets
 
 
+def along_steps(corners: Sequence[tuple[float, float]], every: float = 12.0) -> list[tuple[float, float]]:
+    """Points on a line that goes from each corner sideways, then up or down to the next: it is to stay readable."""
+    points = []
+    for (x, y), (next_x, next_y) in pairwise(corners):
+        sideways, upright = (round(abs(way) / every) + 1 for way in (next_x - x, next_y - y))
+        points += [(x + (next_x - x) * step / sideways, y) for step in range(1, sideways + 1)]
+        points += [(next_x, y + (next_y - y) * step / upright) for step in range(1, upright)]
+    return points
+
+
 def spread(heights: Sequence[float], gap: float) -> list[float]:
     """The heights moved apart to at least `gap`, in the same order and around the same middle."""
     order = sorted(range(len(heights)), key=lambda place: heights[place])

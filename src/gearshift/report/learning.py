@@ -5,7 +5,7 @@ from gearshift.report.figures import loss_curves
 from gearshift.report.html import Child, Html, tag
 from gearshift.report.numbers import change, count, duration, number, setting
 from gearshift.report.palette import Palette
-from gearshift.report.parts import Section, note, plural, table, wide
+from gearshift.report.parts import Section, listed, note, plural, table, wide
 from gearshift.report.strips import CELL, dot, heat_map
 
 
@@ -43,7 +43,11 @@ def _quality_table(report: Report, quality: Quality, palette: Palette) -> Html:
     heads = ["mixer", "divergence before", "after", "change", "", "perplexity before", "after"]
     if not quality.after:
         heads = ["mixer", "divergence", "", "perplexity"]
-    teacher: list[Child] = ["the teacher", *[""] * (len(heads) - 2), number(quality.teacher_perplexity)]
+    teacher: list[Child] = [
+        "the teacher",
+        *(tag("div", class_="pair") if not head else None for head in heads[1:-1]),
+        number(quality.teacher_perplexity),
+    ]
     numeric = [place for place, head in enumerate(heads) if place and head]
     return table(heads, [*rows, teacher], numeric)
 
@@ -75,7 +79,7 @@ def _worse(quality: Quality) -> Html | None:
     worse = [name for name, then, now in known if then is not None and now is not None and now > then]
     if not worse:
         return None
-    words = f"Training made {' and '.join(worse)} worse by this measure."
+    words = f"Training made {listed(worse)} worse by this measure."
     return tag("p", tag("b", words), class_="remark")
 
 
@@ -121,5 +125,5 @@ def errors_section(report: Report, palette: Palette) -> Section | None:
         "states: squared error over the output's own square. 0 is exact, 1 is no better than silence; the scale is "
         "logarithmic, and the mean of each row stands at its end."
     )
-    picture = wide(heat_map(rows, palette), least=CELL * report.model.layers + 140)
+    picture = wide(heat_map(rows, palette), least=CELL * report.model.layers + 110)
     return Section("errors", "Error of each layer", (tag("p", words), picture))

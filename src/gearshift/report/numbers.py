@@ -1,6 +1,7 @@
 """Numbers for people: three significant digits and a unit. The exact values are in report.json."""
 
 import math
+import re
 
 MISSING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -90,8 +91,13 @@ def cost(value: float | None, unit: str) -> str:
 
 
 def cost_words(unit: str) -> str:
-    """The words that follow a cost: `a token at 8192 tokens of context`."""
-    return unit.partition(" ")[2] if counts_bytes(unit) else unit
+    """The words that follow a cost: `a token at 8,192 tokens of context`."""
+    return unit_words(unit.partition(" ")[2] if counts_bytes(unit) else unit)
+
+
+def unit_words(unit: str) -> str:
+    """A unit whose numbers are grouped: `bytes a token at 8,192 tokens of context`."""
+    return re.sub(r"\d{4,}", lambda found: f"{int(found[0]):,}", unit)
 
 
 def counts_bytes(unit: str) -> bool:

@@ -69,3 +69,8 @@ def folded(title: str, *children: Child) -> Html:
 def plural(number: int, noun: str) -> str:
     """`1 layer`, `12 layers`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))

@@ -10,6 +10,8 @@ from gearshift.spec.placement import Placement
 
 CELL = 9
 """Pixels that a layer needs at least; where there is less room, a strip scrolls."""
+MANY = 48
+"""Layers beyond which cells stand without gaps, which would be wider than the cells."""
 
 
 def strip(placement: str, palette: Palette, thin: bool = False) -> Html:
@@ -18,7 +20,8 @@ def strip(placement: str, palette: Palette, thin: bool = False) -> Html:
         tag("i", style=f"background:{palette.css(mixer)}", title=f"layer {layer}: {mixer}")
         for layer, mixer in enumerate(Placement.parse(placement))
     )
-    return tag("div", cells, class_="strip thin" if thin else "strip", role="img", aria_label=placement)
+    looks = ["strip", "thin" if thin else "", "dense" if len(Placement.parse(placement)) > MANY else ""]
+    return tag("div", cells, class_=" ".join(filter(None, looks)), role="img", aria_label=placement)
 
 
 def run_lengths(placement: str, block: bool = False) -> Html:

@@ -89,24 +89,29 @@ class BeamSearch:
     """A beam search over the placements of one model."""
 
     def __init__(
-        self, spec: ModelSpec, cost: CostTable, ledger: Ledger, table: ScoreTable, settings: BeamSettings | None = None
+        self,
+        spec: ModelSpec,
+        cost: CostTable,
+        ledger: Ledger,
+        settings: BeamSettings | None = None,
+        table: ScoreTable | None = None,
     ):
         """
         Args:
             spec: the model.
             cost: what placements cost.
             ledger: where placements are evaluated, by any metric.
-            table: the single-layer losses, for seeding and branching.
             settings: how to search.
+            table: the single-layer losses, for seeding and branching; measured if left out.
 
         ValueError if the settings do not fit the model.
         """
         self.spec = spec
         self.cost = cost
         self.ledger = ledger
-        self.table = table
         self.settings = (settings or BeamSettings()).validate_for(spec, cost)
-        self.solver = Solver(cost, table, keep=self.settings.width)
+        self.table = table or ledger.table(spec)
+        self.solver = Solver(cost, self.table, keep=self.settings.width)
 
     def run(self, levels: Sequence[Budget], start: Placement | None = None, advance: Advance = silent) -> list[Level]:
         """Search level by level. There are fewer results than levels if the descent stopped early.
@@ -114,7 +119,7 @@ class BeamSearch:
         Args:
             levels: budgets, each to be reached from what met the one before.
             start: where to start; None for what the settings say.
-            advance: told of progress in shares, one for each level reached; all levels add up to 1.
+            advance: told of progress in shares that add up to 1.
 
         ValueError if a budget cannot be met.
         """
@@ -128,6 +133,7 @@ class BeamSearch:
             beam = list(level.beam)
             advance(1 / len(levels))
             if self._too_bad(beam[0]):
+                advance(1 - len(found) / len(levels))
                 break
         return found
 

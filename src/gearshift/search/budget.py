@@ -58,7 +58,7 @@ class Budget:
 
     def __str__(self) -> str:
         if self.counts is None:
-            return f"{self.share:g}"
+            return f"{self.share:.15g}"
         return ",".join(f"{name}={count}" for name, count in self.counts)
 
     def validate(self, spec: ModelSpec, cost: CostTable) -> "Budget":
@@ -113,5 +113,5 @@ def _check_counts(text: str, counts: Mapping[str, int], choices: tuple[tuple[str
                 raise ValueError(
                     f"the budget {text!r} gives {wanted} layers to {' and '.join(group)}: of the {len(choices)} layers"
                     f" {least} offer nothing else and {most} offer {'one of them' if size > 1 else 'it'}, so the number"
-                    f" must lie from {least} to {most}"
+                    f" must {f'lie from {least} to {most}' if least < most else f'be {least}'}"
                 )

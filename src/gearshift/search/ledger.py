@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from gearshift.evaluate import Metric, evaluate_many
 from gearshift.model import GearshiftForCausalLM
 from gearshift.progress import Advance, silent
-from gearshift.spec import Placement
+from gearshift.search.scores import ScoreTable, single_changes
+from gearshift.spec import ModelSpec, Placement
 
 
 class Ledger:
@@ -31,6 +32,11 @@ class Ledger:
         else:
             advance(1.0)
         return [self.loss(placement) for placement in asked]
+
+    def table(self, spec: ModelSpec) -> ScoreTable:
+        """The single-layer losses, measured where they are not known. ValueError if all-main has no finite loss."""
+        known = [spec.main, *single_changes(spec)]
+        return ScoreTable.from_losses(spec, dict(zip(known, self.losses(known), strict=True)))
 
     def loss(self, placement: Placement) -> float:
         """The loss of a placement that was measured already."""

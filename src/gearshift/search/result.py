@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gearshift.search.budget import Budget
 from gearshift.spec import Placement
 
 Kind = Literal["single change", "pure", "verified", "preset"]
@@ -34,8 +35,8 @@ class Chosen:
     """The placement chosen for a budget: what a preset will be."""
 
     name: str
-    budget: str
-    """The budget in text."""
+    budget: Budget
+    """What it had to keep to."""
     limit: float | None
     """The budget in the result's cost unit; None for a budget of counts."""
     candidate: Candidate
@@ -147,7 +148,7 @@ def _chosen(chosen: Chosen) -> dict[str, Any]:
     return {
         **candidate,
         "counts": chosen.candidate.placement.counts(),
-        "budget": chosen.budget,
+        "budget": str(chosen.budget),
         "limit": chosen.limit,
         "predicted_best": str(chosen.predicted_best),
     }

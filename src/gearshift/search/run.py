@@ -96,10 +96,9 @@ class _Search:
         singles, pures = single_changes(spec), pure_placements(spec)
         scoring = (len(singles) + len(pures)) / 2  # reuse halves it
         verifying = len(self.budgets) * (self.settings.top + (len(pures) - 1) * self.settings.alternatives)
-        known = [spec.main, *singles, *pures.values()]
         advance = progress.part(0.5 if self.settings.method == "beam" else scoring / (scoring + verifying))
-        losses = self.ledger.losses(known, advance)
-        table = ScoreTable.from_losses(spec, dict(zip(known, losses, strict=True)))
+        self.ledger.losses([spec.main, *singles, *pures.values()], advance)
+        table = self.ledger.table(spec)
 
         solver = Solver(self.cost, table, keep=self.settings.top)
         proposed = {name: solver.best(budget) for name, budget in self.budgets.items()}
@@ -119,7 +118,7 @@ class _Search:
             placement: self._candidate(placement, kinds[placement], table) for placement in self.ledger.scores
         }
         chosen = [
-            Chosen(name, str(budget), budget.limit(self.cost), candidates[winners[name]], proposed[name][0].placement)
+            Chosen(name, budget, budget.limit(self.cost), candidates[winners[name]], proposed[name][0].placement)
             for name, budget in self.budgets.items()
         ]
         return self._result(table, candidates, chosen, [(p.cost, self._score(p.loss)) for p in solver.front()])
@@ -136,7 +135,9 @@ class _Search:
                 continue
             solver = Solver(self.cost, table.without(mixer))
             for budget in self.budgets.values():
-                yield solver.best(budget)[0].placement
+                found = solver.best(budget)[0]
+                if found.loss < BROKEN / 2:
+                    yield found.placement
 
     def _beam(self, table: ScoreTable, progress: _Progress) -> None:
         """Let the beam search add to the ledger: all shares in one descent, each budget of counts in one of its own."""
@@ -148,7 +149,7 @@ class _Search:
             descents = []
         above = [level for level in levels if level.counts is not None]
         descents += [[*above, budget] for budget in asked if budget.counts is not None]
-        beam = BeamSearch(self.model.spec, self.cost, self.ledger, table, self.settings.beam)
+        beam = BeamSearch(self.model.spec, self.cost, self.ledger, self.settings.beam, table)
         for number, descent in enumerate(descents):
             beam.run(descent, advance=progress.part(1 / (len(descents) - number)))
 

@@ -52,6 +52,8 @@ def head_losses(
         chunk: positions.
     """
     names = [name for name in HEAD_TERMS if weights.get(name, 0.0) > 0]
+    if not names:
+        return student.new_zeros((), dtype=torch.float), {}
     loss, terms = _HeadLosses.apply(
         student.flatten(0, 1),
         student_head,

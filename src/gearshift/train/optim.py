@@ -104,5 +104,8 @@ def clip(groups: Iterable[Iterable[nn.Parameter]], largest: float | None) -> tor
     for group in groups:
         learning = [parameter for parameter in group if parameter.grad is not None]
         if learning:
-            norms.append(nn.utils.clip_grad_norm_(learning, math.inf if largest is None else largest))
+            norm = nn.utils.get_total_norm([parameter.grad for parameter in learning if parameter.grad is not None])
+            if largest is not None:
+                nn.utils.clip_grads_with_norm_(learning, largest, norm)
+            norms.append(norm)
     return torch.stack(norms).square().sum().sqrt() if norms else torch.zeros(())

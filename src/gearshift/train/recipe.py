@@ -94,6 +94,9 @@ class StochasticStage(StageSettings):
     """What the placement is judged by."""
     temperature: Rate = 1.0
     """Divides the logits of both divergences."""
+    recompute: bool = False
+    """Whether the backward pass computes each layer again instead of keeping its activations: slower by about a third,
+    and memory for one layer's activations instead of all. The result is the same."""
 
 
 Stage = Annotated[LayerwiseStage | StochasticStage, Field(discriminator="type")]

@@ -11,6 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from gearshift.data import TokenSequences, load_sequences, python_text, read_text
+from gearshift.formats import FORMATS, NativeConfig
+from gearshift.formats.documents import read_json, write_json
 from gearshift.model import GearshiftForCausalLM
 from gearshift.train.checkpoint import Checkpoints, replacing
 from gearshift.train.loop import Distiller
@@ -77,8 +79,7 @@ def train(
         for taker in takers:
             taker.close()
     with replacing(finished) as folder:
-        distiller.model.to(dtype).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        _write_model(distiller.model.to(dtype), tokenizer, folder)
     checkpoints.remove()
     return TrainResult(finished, recipe.total_steps - at, at if resumed else None)
 
@@ -94,7 +95,7 @@ def _prepare(recipe: Recipe) -> tuple[Distiller, Any, torch.dtype]:
     device = _device(recipe.device)
     model, dtype = _load(recipe.model, device)
     teacher = None if recipe.teacher == "self" else _load(recipe.teacher, device)[0].requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    tokenizer = _tokenizer(recipe.model)
     text = python_text() if recipe.text is None else read_text(recipe.text)
     sequences = load_sequences(text, tokenizer, recipe.sequence_length)
     held_out = None
@@ -113,6 +114,22 @@ def _load(folder: str, device: torch.device) -> tuple[GearshiftForCausalLM, torc
         raise ValueError(f"no model can be loaded from {folder!r}: {str(error).splitlines()[0]}") from None
     dtype = model.dtype
     return model.float().to(device), dtype
+
+
+def _tokenizer(folder: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer can be loaded from {folder!r}: {str(error).splitlines()[0]}") from None
+
+
+def _write_model(model: GearshiftForCausalLM, tokenizer: Any, folder: Path) -> None:
+    """The folder that a conversion would have written, with these weights."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = folder / "config.json"
+    write_json(config, NativeConfig.from_json_dict(read_json(config)).to_json_dict())
+    FORMATS[model.config.model_type].write_companions(folder)
 
 
 def _device(name: str) -> torch.device:

@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gearshift.mixers.base import MixContext
 from gearshift.model import GearshiftForCausalLM
+from gearshift.model.block import Block
 from gearshift.spec import Placement
 from gearshift.train.losses import activation_error, head_losses, next_tokens
 from gearshift.train.recipe import StochasticStage
@@ -85,6 +87,7 @@ class StochasticRun(StageRun):
         body = self.model.model
         first = self._first_difference(placement)
         activation = weights.get("activation", 0.0)
+        recompute = self.stage.recompute and torch.is_grad_enabled()
         taught, context = self._teach(tokens, first, activation > 0)
         errors: list[Tensor] = []
 
@@ -99,7 +102,7 @@ class StochasticRun(StageRun):
             else:
                 hidden = body.embed_tokens(tokens)
                 context = body.context(hidden)
-            final = body.norm(run_layers(self.model, hidden, context, placement, first, compare))
+            final = body.norm(run_layers(self.model, hidden, context, placement, first, compare, recompute))
             loss, terms = head_losses(
                 final,
                 taught.final,
@@ -162,13 +165,26 @@ def run_layers(
     placement: Placement,
     first: int,
     visit: Visit,
+    recompute: bool = False,
 ) -> Tensor:
-    """Layers `first` and on over `hidden` [batch, tokens, hidden], up to the final norm; `visit` sees each layer."""
+    """Layers `first` and on over `hidden` [batch, tokens, hidden], up to the final norm; `visit` sees each layer.
+
+    With `recompute`, of each layer only its input and its mixer's output are kept for the backward pass.
+    """
+
+    def run_layer(block: Block, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        output = block.mixer_named(name)(block.mixer_norm(hidden), context)
+        return output, block.feed(hidden + output)
+
     for layer, (block, name) in enumerate(zip(model.model.blocks, placement, strict=True)):
         if layer >= first:
-            output = block.mixer_named(name)(block.mixer_norm(hidden), context)
-            visit(layer, hidden, output)
-            hidden = block.feed(hidden + output)
+            if recompute:
+                # Nothing in a layer is random, so the generator's state need not be kept.
+                made = checkpoint(run_layer, block, name, hidden, use_reentrant=False, preserve_rng_state=False)
+            else:
+                made = run_layer(block, name, hidden)
+            visit(layer, hidden, made[0])
+            hidden = made[1]
     return hidden
 
 

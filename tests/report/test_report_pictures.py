@@ -6,7 +6,7 @@ from sample import sample
 from gearshift.report import numbers
 from gearshift.report.figures import loss_curves, pareto
 from gearshift.report.html import Html, markup, tag
-from gearshift.report.labels import Label, place_labels, spread
+from gearshift.report.labels import Label, along_steps, place_labels, spread
 from gearshift.report.palette import DARK, LIGHT, Palette
 from gearshift.report.strips import heat_map, run_lengths, strip
 from gearshift.report.svg import inline
@@ -84,6 +84,11 @@ def test_labels_keep_clear_of_each_other() -> None:
     for place, one in enumerate(boxes):
         for other in boxes[:place]:
             assert one[0] >= other[2] or other[0] >= one[2] or one[1] >= other[3] or other[1] >= one[3]
+
+
+def test_steps_are_followed() -> None:
+    assert along_steps([(0, 10), (12, 10 - 24)], every=12) == [(6, 10), (12, 10), (12, 2), (12, -6)]
+    assert along_steps([(1, 1)]) == []
 
 
 def test_spread_keeps_order_and_middle() -> None:

@@ -119,7 +119,9 @@ def test_nothing_but_the_model() -> None:
 
 @pytest.mark.parametrize("part", OPTIONAL)
 def test_any_part_may_be_absent(report: Report, part: str) -> None:
-    Reader(render(without(report, part)))
+    assert report.search
+    unpainted = report.search.model_copy(update={"candidates": ()})
+    Reader(render(without(report.model_copy(update={"search": unpainted, "training": ()}), part)))
 
 
 def test_numbers_that_are_not_finite(report: Report) -> None:
@@ -143,8 +145,22 @@ def test_what_is_bad_is_said(report: Report) -> None:
     swapped = report.quality.model_copy(update={"before": report.quality.after, "after": report.quality.before})
     wrong = report.export.model_copy(update={"exact": False, "max_abs_difference": 0.25})
     text = Reader(render(report.model_copy(update={"quality": swapped, "export": wrong}))).text
-    assert "Training made window and gdn and kda worse" in text
+    assert "Training made window, gdn and kda worse" in text
     assert "logits differ by up to 0.250" in text
+
+
+def test_a_run_in_which_everything_is_the_same(report: Report) -> None:
+    """A tiny model: one step, presets that coincide, divergences of 0, costs that are all alike."""
+    assert report.search
+    for value in (0.0, -1e-9, 3.0):
+        same = {"placement": "attention*4", "cost": 100.0, "divergence": value}
+        only = report.search.candidates[0].model_copy(update=same)
+        presets = [preset.model_copy(update={**same, "counts": {"attention": 4}}) for preset in report.search.presets]
+        search = report.search.model_copy(update={"candidates": (only,), "front": (only,), "presets": tuple(presets)})
+        record = report.training[1].records[0].model_copy(update={"loss": value, "loss_terms": {}})
+        stage = report.training[1].model_copy(update={"records": (record,)})
+        text = Reader(render(report.model_copy(update={"search": search, "training": (stage,)}))).text
+        assert "quality, balanced, fast" in text
 
 
 def test_the_cost_may_be_no_size(report: Report) -> None:
