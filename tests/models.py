@@ -22,7 +22,9 @@ def supernet_spec(layers: int = 4, mixers: dict[str, dict[str, Any]] | None = No
         "mlp": {"type": "gated", "intermediate_size": 40},
     }
     decoder = {"num_layers": layers, "pattern": ["block"], "blocks": {"block": block}}
-    return ModelSpec.model_validate({"vocab_size": 61, "hidden_size": 24, "max_positions": 128, "decoder": decoder, **model})
+    return ModelSpec.model_validate(
+        {"vocab_size": 61, "hidden_size": 24, "max_positions": 128, "decoder": decoder, **model}
+    )
 
 
 def supernet(seed: int = 0, **settings: Any) -> GearshiftForCausalLM:
@@ -30,7 +32,7 @@ def supernet(seed: int = 0, **settings: Any) -> GearshiftForCausalLM:
     torch.manual_seed(seed)
     model = GearshiftForCausalLM(GearshiftConfig(supernet_spec(**settings)))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(8)
     return model.eval()

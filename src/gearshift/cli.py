@@ -1,7 +1,6 @@
 """The command line: one function a verb."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gearshift.arguments import Command, run
+from gearshift.arguments import Command
 
 app = typer.Typer(
     name="gearshift",
@@ -38,8 +37,12 @@ def convert(
     source: Annotated[str, typer.Argument(help="A model folder, a .gguf file, or a hub name. Its format is detected.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     surgery: Annotated[list[Path] | None, typer.Option("--surgery", help="YAML files of edits, in order.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="The dtype of all weights; the source's if left out.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan as a tree, read and write nothing.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="The dtype of all weights; the source's if left out.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan as a tree, read and write nothing.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a checkpoint into a Gearshift one, changed by surgeries."""
@@ -145,10 +148,81 @@ def evaluate(
     table = Table(box=None, caption=f"{judge.positions:,} positions, sequences of {length} tokens; {costs.unit}")
     for column in ("placement", "divergence", "perplexity", "agreement", "MB a token"):
         table.add_column(column, justify="left" if column == "placement" else "right")
-    for row in rows:
+    for row, score in zip(rows, scores, strict=True):
         numbers = (f"{row['divergence']:.4f}", f"{row['perplexity']:.3f}", f"{row['agreement']:.1%}")
-        table.add_row(str(row["name"]), *numbers, f"{float(row['cost']) / 1e6:,.1f}")
+        table.add_row(str(row["name"]), *numbers, f"{costs.of(score.placement) / 1e6:,.1f}")
     out.print(table)
+
+
+@app.command(cls=Command)
+def search(
+    model: Model,
+    text: TextFile,
+    budget: Annotated[
+        list[str],
+        typer.Option(
+            "--budget", help="A share of the cost span (`0.5`) or layers by mixer (`attention=8`); `NAME:` first."
+        ),
+    ],
+    target: Annotated[Path, typer.Option("--out", help="The folder for the results.")],
+    overrides: Overrides = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="YAML settings of the search.")] = None,
+    save_presets: Annotated[
+        bool,
+        typer.Option("--save-presets", help="Name the placements found in MODEL's config, by their budgets' NAME."),
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find the best placement for each budget."""
+    from gearshift.conversion import load, open_checkpoint
+    from gearshift.conversion import save_presets as save
+    from gearshift.data import load_sequences, read_text
+    from gearshift.model import cost_table
+    from gearshift.progress import bar
+    from gearshift.search import SearchSettings, check_budgets, check_folder, name_budgets, write_result
+    from gearshift.search import search as run_search
+    from gearshift.settings import load_settings
+
+    settings = load_settings(SearchSettings, recipe, overrides or [])
+    budgets = name_budgets(budget)
+    check_folder(target, overwrite)
+    content = read_text(text)
+    native = open_checkpoint(model).native
+    cost = cost_table(native.spec, native.dtype, settings.context)
+    check_budgets(native.spec, budgets, cost)
+    loaded, tokenizer = load(model)
+    sequences = load_sequences(content, tokenizer, min(settings.length, native.spec.max_positions), settings.sequences)
+    with bar(err, "searching", 1) as advance:
+        result = run_search(loaded, sequences, budgets, cost, settings, advance=advance)
+    write_result(result, target, overwrite)
+    if save_presets:
+        save(model, result.placements)
+    table = Table(box=None, caption=f"cost: {result.cost_unit}; results in {target}")
+    for column in ("name", "budget", result.metric, "cost", "placement"):
+        table.add_column(column, justify="left" if column in ("name", "placement") else "right")
+    for chosen in result.chosen:
+        found = chosen.candidate
+        table.add_row(chosen.name, str(chosen.budget), f"{found.score:.4f}", f"{found.cost:,.0f}", str(found.placement))
+    out.print(table)
+
+
+@app.command(cls=Command)
+def quickstart(
+    target: Annotated[Path, typer.Option("--out", help="The folder for the job. Run again, it goes on from there.")],
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="A folder, a .gguf file, a hub name, or `tiny`. Default: SmolLM2-135M."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Text to learn from. Default: what every Python carries.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe in place of the built-in one.")] = None,
+) -> None:
+    """Take a pretrained model the whole way: convert, distil, search, export, generate, and a report of it all."""
+    from gearshift.quickstart import quickstart as run_quickstart
+
+    out.print(f"report: {run_quickstart(target, model, text, recipe, overrides or [], err)}")
 
 
 @app.command(cls=Command)
@@ -201,7 +275,7 @@ def generate(
 
 def main() -> None:
     """The `gearshift` command."""
-    sys.exit(run(app))
+    app()
 
 
 if __name__ == "__main__":

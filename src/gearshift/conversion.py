@@ -128,7 +128,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         try:
             return AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{checkpoint.path} has no tokenizer that can be loaded: {str(error).splitlines()[0]}") from None
+            raise ValueError(
+                f"{checkpoint.path} has no tokenizer that can be loaded: {str(error).splitlines()[0]}"
+            ) from None
 
 
 def save_presets(folder: str | Path, presets: dict[str, Any], default: str | None = None) -> None:
@@ -168,4 +170,3 @@ def _seed(surgeries: Sequence[Surgery]) -> int:
     if len(seeds) > 1:
         raise ValueError(f"the surgeries name different seeds, {sorted(seeds)}: one conversion has one")
     return seeds.pop() if seeds else 0
-

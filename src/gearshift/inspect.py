@@ -36,9 +36,7 @@ def active_parameters(spec: ModelSpec, placement: Placement) -> int:
     chosen = {(key, block, mixer) for key, block, mixer in zip(keys, layout, placement, strict=True)}
     everything = sum(info.elements for info in schema(spec, "float32").values())
     offered = {
-        (key, block, mixer)
-        for key, block, offered in zip(keys, layout, spec.choices, strict=True)
-        for mixer in offered
+        (key, block, mixer) for key, block, offered in zip(keys, layout, spec.choices, strict=True) for mixer in offered
     }
     return everything - sum(counts[block, mixer] for _, block, mixer in offered - chosen)
 
@@ -66,7 +64,7 @@ def _block(name: str, native: NativeConfig) -> Table:
     counts, _ = parameter_counts(spec)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left", title_style="bold")
     shared = ", one set of weights" if block.shared_weights else ""
-    table.title = f"block {name} ({spec.decoder.layout.count(name)} layers{shared}), MLP {_settings(block.mlp)}"
+    table.title = f"block {name} ({spec.decoder.layout.count(name)} layers{shared}), MLP {describe_settings(block.mlp)}"
     for column in ("mixer", "settings", "parameters", "state a token", "state a sequence"):
         table.add_column(column, justify="left" if column in ("mixer", "settings") else "right")
     main = block.main if isinstance(block.mixer, StochasticMixerSpec) else None
@@ -74,7 +72,7 @@ def _block(name: str, native: NativeConfig) -> Table:
         grows = sum(t.bytes(1, native.dtype) for t in mixer.state() if t.grows and t.max_tokens is None)
         fixed = sum(t.bytes(10**9, native.dtype) for t in mixer.state() if not t.grows or t.max_tokens is not None)
         label = f"{mixer_name} (main)" if mixer_name == main else mixer_name
-        table.add_row(label, _settings(mixer), f"{counts[name, mixer_name]:,}", _size(grows), _size(fixed))
+        table.add_row(label, describe_settings(mixer), f"{counts[name, mixer_name]:,}", _size(grows), _size(fixed))
     return table
 
 
@@ -91,7 +89,7 @@ def _placements(native: NativeConfig) -> Table:
     return table
 
 
-def _settings(spec: MixerSpec | object) -> str:
+def describe_settings(spec: MixerSpec | object) -> str:
     """The settings that are not at their defaults, in one line."""
     fields = type(spec).model_fields  # type: ignore[attr-defined]
     shown = [getattr(spec, "type", "")]
@@ -100,7 +98,7 @@ def _settings(spec: MixerSpec | object) -> str:
         if name == "type" or value == field.default:
             continue
         if hasattr(value, "model_fields"):
-            value = f"({_settings(value)})"
+            value = f"({describe_settings(value)})"
         shown.append(f"{name} {value}")
     return " ".join(shown)
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[[float], None]
@@ -58,4 +59,14 @@ class Steps:
             yield step, advance
         step.seconds = time.perf_counter() - started
         self.done.append(step)
-        self.console.print(f"[bold]{number} {name}[/bold]  [dim]{step.seconds:.1f} s[/dim]  {step.result}")
+        self._say(f"{step.seconds:.1f} s")
+
+    def skip(self, step: Step) -> None:
+        """Count a step that an earlier run has done."""
+        self.done.append(step)
+        self._say("done before")
+
+    def _say(self, time: str) -> None:
+        step = self.done[-1]
+        line = f"{len(self.done)}/{self.total} [bold]{step.name}[/bold]  [dim]{time}[/dim]  {escape(step.result)}"
+        self.console.print(line, soft_wrap=True)

@@ -1,10 +1,12 @@
-"""Cached generation equals recomputation, packed documents equal separate ones, for every mixer and mixed placements."""
+"""Cached generation equals recomputation, packed documents equal separate ones: every mixer, mixed placements."""
+
+from itertools import pairwise
 
 import pytest
 import torch
+from tests.models import MIXERS, supernet, tokens
 
 from gearshift.model import GearshiftCache
-from tests.models import MIXERS, supernet, tokens
 
 MIXED = ["attention", "gdn", "window", "kda"]
 PLACEMENTS = [*MIXERS, MIXED]
@@ -21,7 +23,9 @@ def logits(model, ids, **kwargs):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"do_sample": True}, {"num_beams": 2, "do_sample": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_beams": 3}, {"do_sample": True}, {"num_beams": 2, "do_sample": True}], ids=str
+)
 def test_cached_generation_equals_recomputation(model, placement, settings) -> None:
     ids = tokens(2, 9)
     made = []
@@ -39,7 +43,7 @@ def test_prefill_decode_prefill(model, placement) -> None:
     pieces = [0, 11, 12, 13, 22, 23, 30]
     parts = [
         logits(model, ids[:, start:stop], past_key_values=cache, placement=placement)
-        for start, stop in zip(pieces, pieces[1:], strict=False)
+        for start, stop in pairwise(pieces)
     ]
     whole = logits(model, ids, placement=placement)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
@@ -59,7 +63,9 @@ def test_left_padding_changes_nothing(model, placement) -> None:
     made = model.generate(ids, attention_mask=mask, placement=placement, max_new_tokens=8, do_sample=False)
     for row, start in enumerate((0, 7, 16)):
         alone = ids[row : row + 1, start:]
-        alone = model.generate(alone, attention_mask=torch.ones_like(alone), placement=placement, max_new_tokens=8, do_sample=False)
+        alone = model.generate(
+            alone, attention_mask=torch.ones_like(alone), placement=placement, max_new_tokens=8, do_sample=False
+        )
         assert torch.equal(made[row, 20:], alone[0, 20 - start :])
 
 
@@ -71,7 +77,7 @@ def test_packed_documents_equal_separate_ones(model, placement, implementation) 
         ids = tokens(1, 41)
         bounds = [0, 1, 4, 20, 41]
         packed = logits(model, ids, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), placement=placement)
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             alone = logits(model, ids[:, start:stop], placement=placement)
             torch.testing.assert_close(packed[:, start:stop], alone, rtol=1e-4, atol=1e-4)
     finally:

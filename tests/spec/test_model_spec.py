@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from tests.models import ATTENTION, supernet_spec
 
 from gearshift.model import cost_table
 from gearshift.spec import MIXERS, ModelSpec, Placement
-from tests.models import ATTENTION, supernet_spec
 
 MLP = {"type": "gated", "intermediate_size": 8}
 
@@ -17,7 +17,11 @@ def described(**decoder) -> dict:
         "pattern": ["a", "b", "b"],
         "blocks": {
             "a": {"mixer": {"type": "attention", "heads": 2}, "mlp": MLP},
-            "b": {"mixer": {"type": "attention", "heads": 2, "kv_heads": 1, "window": 4}, "mlp": MLP, "shared_weights": True},
+            "b": {
+                "mixer": {"type": "attention", "heads": 2, "kv_heads": 1, "window": 4},
+                "mlp": MLP,
+                "shared_weights": True,
+            },
         },
         **decoder,
     }
@@ -46,7 +50,10 @@ def test_a_spec_is_always_resolved_and_survives_json() -> None:
         ({"nonsense": 1}, "Extra inputs"),
         ({"blocks": {"a": {"mixer": {"type": "attentoin"}, "mlp": MLP}}}, "did you mean attention"),
         ({"blocks": {"a": {"mixer": {"type": "attention", "heads": 3}, "mlp": MLP}}, "pattern": ["a"]}, "set head_dim"),
-        ({"blocks": {"a": {"mixer": {"type": "attention", "heads": 2, "x": 1}, "mlp": MLP}}, "pattern": ["a"]}, "Extra"),
+        (
+            {"blocks": {"a": {"mixer": {"type": "attention", "heads": 2, "x": 1}, "mlp": MLP}}, "pattern": ["a"]},
+            "Extra",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict, message: str) -> None:

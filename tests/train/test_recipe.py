@@ -90,8 +90,8 @@ def test_bad_settings_get_one_sentence(path: Path, override: str, sentence: str)
     ("text", "sentence"),
     [
         ("stages: [", "is not valid YAML"),
-        ("- a", "is not a recipe: it must be a mapping"),
-        ("", "is not a recipe"),
+        ("- a", "must be a mapping"),
+        ("", "must be a mapping"),
         ("model: m\nstages: [{type: layerwise, steps: 1}]", "the key 'output' is missing"),
     ],
 )

@@ -55,8 +55,8 @@ class TokenSequences:
         """(the rest, `held_out` sequences spread evenly over the text). ValueError if nothing would be left."""
         if not 0 < held_out < len(self):
             raise ValueError(
-                f"the text gives {len(self)} sequences of {self.length} tokens: too few to hold out {held_out} and train"
-                " on the rest; use more text or shorter sequences"
+                f"the text gives {len(self)} sequences of {self.length} tokens: too few to hold out {held_out} and"
+                " train on the rest; use more text or shorter sequences"
             )
         chosen = torch.zeros(len(self), dtype=torch.bool)
         chosen[torch.linspace(0, len(self) - 1, held_out).round().long()] = True

@@ -1,5 +1,6 @@
 """(model, placement) -> numbers: divergence from the teacher, perplexity, agreement, lm-eval."""
 
+from gearshift.evaluate.errors import layer_errors
 from gearshift.evaluate.harness import run_harness
 from gearshift.evaluate.judge import Judge, JudgeSettings, Score
 from gearshift.evaluate.metrics import (
@@ -24,6 +25,7 @@ __all__ = [
     "Stop",
     "evaluate_many",
     "find_metric",
+    "layer_errors",
     "metric_names",
     "route",
     "run_harness",

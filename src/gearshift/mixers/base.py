@@ -64,7 +64,7 @@ class MixContext:
         return self.once("document lengths", lambda: cu_seqlens.diff().tolist())
 
     def mask_padding(self, hidden: Tensor) -> Tensor:
-        """`hidden` [batch, tokens, channels] with the padded tokens zeroed: how a recurrence is kept from seeing them."""
+        """`hidden` [batch, tokens, channels] with padded tokens zeroed: how a recurrence is kept from seeing them."""
         padding = self.padding
         if padding is None:
             return hidden
@@ -97,7 +97,7 @@ class MixerState:
         self.tensors[name] = tensor
 
     def append(self, name: str, new: Tensor) -> Tensor:
-        """Add `new` tokens to a growing tensor. Returns all kept tokens and the new ones; keeps at most `max_tokens`."""
+        """Add `new` tokens to a growing tensor. Returns the kept and the new tokens; keeps at most `max_tokens`."""
         declared = self.declared[name]
         dim = declared.token_dim
         assert dim is not None, f"the state {name!r} does not grow"
@@ -108,7 +108,9 @@ class MixerState:
 
     def select(self, indices: Tensor) -> None:
         """Keep the sequences `indices` [new batch], in that order: beam reordering, selection and repetition."""
-        self.tensors = {name: tensor.index_select(0, indices.to(tensor.device)) for name, tensor in self.tensors.items()}
+        self.tensors = {
+            name: tensor.index_select(0, indices.to(tensor.device)) for name, tensor in self.tensors.items()
+        }
 
     @property
     def croppable(self) -> bool:
@@ -141,7 +143,7 @@ class Mixer(nn.Module, ABC):
     o_proj: nn.Linear
     """The last projection, [features] -> [hidden]. What calibration fits."""
     sharding: ClassVar[Mapping[str, Sharding]] = {}
-    """How tensor parallelism splits each parameter: name -> column (output features), row (input features) or replicated."""
+    """How tensor parallelism splits a parameter: name -> column (output features), row (input features) or replicated."""
 
     def __init__(self, spec: MixerSpec, hidden_size: int):
         super().__init__()
@@ -185,5 +187,3 @@ class Transfer:
 
     Parameters left out start from the mixer's initialisers. ValueError if the weights cannot be carried over.
     """
-
-

@@ -24,11 +24,12 @@ def check_heads(source: AttentionSpec, target: str, sizes: Mapping[str, int | No
 
 
 def head_for_head(source: AttentionSpec, hidden_size: int) -> dict[str, Start]:
-    """The projections, with shared keys and values repeated in place; the convolutions; the decay's rate.
+    """The projections, with shared keys and values repeated in place; the convolutions; the decay.
 
     Repeating in place keeps the query, key, value and output channels of a head together (query head h of grouped-query
-    attention reads KV head h // (heads / kv_heads)). A convolution starts as half the identity. A rate of 0.1 decays
-    slowly, as attention does not decay at all. The source's biases stay behind: the mixer has none.
+    attention reads KV head h // (heads / kv_heads)). A convolution starts as half the identity. The decay starts at
+    exp(-0.1 softplus(0)) = 0.93 a token: measured on SmolLM2, slower and faster starts both learn less from the same
+    steps (`docs/benchmarks.md`). The source's biases stay behind: the mixer has none.
     """
     assert source.kv_heads is not None, "a transfer needs a resolved spec"
     assert source.head_dim is not None, "a transfer needs a resolved spec"
@@ -41,4 +42,4 @@ def head_for_head(source: AttentionSpec, hidden_size: int) -> dict[str, Start]:
         made[name] = Reshape(repeated, (channels, hidden_size)) if shared else Reference(name)
     for name in "qkv":
         made[f"{name}_conv.weight"] = LastTap(0.5)
-    return made | {"A_log": Constant(math.log(0.1))}
+    return made | {"A_log": Constant(math.log(0.1)), "dt_bias": Constant(0.0)}

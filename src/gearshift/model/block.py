@@ -26,6 +26,7 @@ class Block(nn.Module):
     def __init__(self, spec: BlockSpec, hidden_size: int):
         super().__init__()
         self.spec = spec
+        self.hidden_size = hidden_size
         self.mixer_norm = norm(spec.norm, hidden_size)
         if isinstance(spec.mixer, StochasticMixerSpec):
             self.mixer: nn.Module = StochasticMixer(spec.mixer, hidden_size)

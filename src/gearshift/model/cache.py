@@ -52,7 +52,7 @@ class StateLayer(CacheLayerMixin):
         self.seen -= abs(tokens_to_remove)
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
+    def is_croppable(self) -> bool:
         return self.state.croppable
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The HF config: a spec, its presets, and the keys that generation reads."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,3 +57,7 @@ class GearshiftConfig(PreTrainedConfig):
         """The config without what the spec says already."""
         derived = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings")
         return {key: value for key, value in super().to_dict().items() if key not in derived or self.spec is None}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """As transformers', but in our order: mixers are listed main first, and ties go to the one named first."""
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2) + "\n"

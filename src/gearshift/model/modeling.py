@@ -15,8 +15,6 @@ from gearshift.model.config import GearshiftConfig
 from gearshift.spec import Placement, resolve_placement
 
 PlacementLike = str | Placement | Iterable[str]
-ALIGNMENT = 64
-"""Bytes. Vectorised kernels take other paths, and round otherwise, on weights that are not aligned to a cache line."""
 
 
 class GearshiftPreTrainedModel(PreTrainedModel):
@@ -59,16 +57,20 @@ class GearshiftPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', with the weights aligned in memory: equal weights then give equal bits."""
+        """As transformers', with the weights copied into memory of their own.
+
+        Weights that are views of a memory-mapped file need not be aligned to cache lines; vectorised kernels then round
+        otherwise, and equal weights would not give equal bits. The copy also lets go of the file.
+        """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for parameter in model.parameters():
-            if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
+            if parameter.device.type == "cpu":
                 parameter.data = parameter.data.clone()
         return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Start one mixer, MLP, norm or table from its declared distributions. Transformers calls it for new weights."""
+        """Start a mixer, MLP, norm or table from its declared distributions. Transformers calls it for new weights."""
         from gearshift.model.schema import start_module
 
         start_module(module)
@@ -215,7 +217,9 @@ class GearshiftForCausalLM(GearshiftPreTrainedModel, GenerationMixin):
             return
         wanted = generation_config.cache_implementation
         if wanted not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation={wanted!r} is not supported: Gearshift's mixers keep their own state")
+            raise ValueError(
+                f"cache_implementation={wanted!r} is not supported: Gearshift's mixers keep their own state"
+            )
         placement = self.placement(model_kwargs.get("placement"))
         model_kwargs["past_key_values"] = GearshiftCache(self.spec, placement)
 
@@ -225,12 +229,16 @@ def _padding(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     if mask is None:
         return None
     if mask.ndim != 2 or mask.shape != (batch, length):
-        raise ValueError(f"attention_mask must be [batch, all tokens so far] = [{batch}, {length}], not {list(mask.shape)}")
+        raise ValueError(
+            f"attention_mask must be [batch, all tokens so far] = [{batch}, {length}], not {list(mask.shape)}"
+        )
     padding = mask.bool()
     if padding.all():
         return None
     if not bool((padding.int().diff(dim=1) >= 0).all()):
-        raise ValueError("attention_mask must pad on the left: recurrent mixers cannot skip tokens in the middle or end")
+        raise ValueError(
+            "attention_mask must pad on the left: recurrent mixers cannot skip tokens in the middle or end"
+        )
     return padding
 
 
@@ -262,6 +270,10 @@ def _positions(
 
 def _check_cache(cache: Any, placement: Placement) -> None:
     if not isinstance(cache, GearshiftCache):
-        raise ValueError(f"past_key_values must be a GearshiftCache, not a {type(cache).__name__}: leave it out to get one")
+        raise ValueError(
+            f"past_key_values must be a GearshiftCache, not a {type(cache).__name__}: leave it out to get one"
+        )
     if cache.placement != placement:
-        raise ValueError(f"this cache was filled under the placement {cache.placement}, not {placement}: start a new one")
+        raise ValueError(
+            f"this cache was filled under the placement {cache.placement}, not {placement}: start a new one"
+        )

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from functools import lru_cache
-from math import prod
 
 import torch
 from torch import nn
@@ -58,7 +57,7 @@ def declared(module: nn.Module) -> Iterator[tuple[str, Initialiser]]:
         yield from module.initialisers(module.spec, module.hidden_size).items()
     elif isinstance(module, Block):
         mlp = MLPS[module.spec.mlp.type].load()
-        sized = module.mixer_norm.weight.shape[0]
+        sized = module.hidden_size
         yield "mixer_norm.weight", Constant(1.0)
         yield "mlp_norm.weight", Constant(1.0)
         for name, initialiser in mlp.initialisers(module.spec.mlp, sized).items():
@@ -92,14 +91,16 @@ def parameter_counts(spec: ModelSpec) -> tuple[dict[tuple[str, str], int], int]:
         block = model.get_submodule(f"model.layers.{key}")
         assert isinstance(block, Block)
         for mixer in block.spec.mixers:
-            counts[name, mixer] = sum(prod(p.shape) for p in block.mixer_named(mixer).parameters())
-    layers = sum(
-        sum(prod(p.shape) for part in (block.mixer_norm, block.mlp_norm, block.mlp) for p in part.parameters())
-        for block in (model.get_submodule(f"model.layers.{key}") for key in spec.decoder.weight_keys)
-    )
+            counts[name, mixer] = _elements(block.mixer_named(mixer))
+    blocks = [model.get_submodule(f"model.layers.{key}") for key in spec.decoder.weight_keys]
+    layers = sum(_elements(block.get_submodule(part)) for block in blocks for part in ("mixer_norm", "mlp_norm", "mlp"))
     # A step reads one row of the embedding table and the whole head, tied or not.
     head = spec.vocab_size * spec.hidden_size
     return counts, layers + head + spec.hidden_size
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def cost_table(spec: ModelSpec, dtype: str, context: int = 8192, batch: int = 1) -> CostTable:

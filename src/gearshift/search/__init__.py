@@ -1,7 +1,7 @@
 """Numbers -> placements: single-layer scores, the exact solver, beam search, the Pareto front."""
 
 from gearshift.search.beam import BeamSearch, BeamSettings, Level
-from gearshift.search.budget import Budget
+from gearshift.search.budget import Budget, name_budgets
 from gearshift.search.ledger import Ledger
 from gearshift.search.pareto import non_dominated
 from gearshift.search.result import Candidate, Chosen, Dominated, SearchResult, check_folder, write_result
@@ -26,6 +26,7 @@ __all__ = [
     "Solver",
     "check_budgets",
     "check_folder",
+    "name_budgets",
     "non_dominated",
     "pure_placements",
     "search",

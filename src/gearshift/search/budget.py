@@ -1,7 +1,7 @@
 """Budgets: a share of the cost span, or an exact number of layers for some mixers."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import combinations
@@ -67,7 +67,10 @@ class Budget:
             assert self.share is not None
             cost.at(self.share)
         else:
-            _check_counts(str(self), dict(self.counts), spec.choices)
+            try:
+                _check_counts(str(self), dict(self.counts), spec.choices)
+            except ValueError as error:
+                raise ValueError(f"{error}; as shares of the cost span, {cost.describe_span()}") from None
         return self
 
     def limit(self, cost: CostTable) -> float | None:
@@ -115,3 +118,18 @@ def _check_counts(text: str, counts: Mapping[str, int], choices: tuple[tuple[str
                     f" {least} offer nothing else and {most} offer {'one of them' if size > 1 else 'it'}, so the number"
                     f" must {f'lie from {least} to {most}' if least < most else f'be {least}'}"
                 )
+
+
+def name_budgets(texts: Iterable[str]) -> dict[str, Budget]:
+    """Budgets by name. `NAME:BUDGET` names its own; the others are called `budget-1`, `budget-2`, ... by their place.
+
+    ValueError for a budget that cannot be read, and for a name that comes twice.
+    """
+    named: dict[str, Budget] = {}
+    for number, text in enumerate(texts, 1):
+        name, colon, budget = text.partition(":")
+        key = name.strip() if colon else f"budget-{number}"
+        if key in named:
+            raise ValueError(f"two budgets are called {key!r}: give each its own name")
+        named[key] = Budget.parse(budget if colon else text)
+    return named

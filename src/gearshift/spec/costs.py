@@ -76,10 +76,10 @@ def decode_cost(
         return batch * (read + written)
 
     tables = {
-        name: {choice: float(weight_bytes[name, choice] + state_traffic(mixer)) for choice, mixer in block.mixers.items()}
+        name: {
+            choice: float(weight_bytes[name, choice] + state_traffic(mixer)) for choice, mixer in block.mixers.items()
+        }
         for name, block in spec.decoder.blocks.items()
     }
     layers = tuple(tables[name] for name in spec.decoder.layout)
     return CostTable(float(shared_bytes), layers, spec.main, f"bytes a token at {context} tokens of context")
-
-

@@ -129,7 +129,7 @@ class DecoderSpec(Spec):
 
 
 class ModelSpec(Spec):
-    """A causal language model: embeddings, a decoder, a final norm and a head. Always resolved: every size is explicit."""
+    """A causal language model: embeddings, a decoder, a final norm, a head. Always resolved: every size is explicit."""
 
     vocab_size: int = Field(ge=1)
     """The number of rows of the embedding table and of the head."""

@@ -42,7 +42,10 @@ class Placement:
         if isinstance(value, str):
             return cls.parse(value)
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise ValueError("a placement in JSON is a list of mixer names, a string such as 'attention*3,gdn', or an object with one of them under 'placement'")
+            raise ValueError(
+                "a placement in JSON is a list of mixer names, a text such as 'attention*3,gdn',"
+                " or an object with one of them under 'placement'"
+            )
         return cls(value)
 
     def to_json(self) -> str:
@@ -71,7 +74,7 @@ class Placement:
         return Placement((*self.mixers[:layer], mixer, *self.mixers[layer + 1 :]))
 
     def validate(self, choices: Sequence[Sequence[str]]) -> "Placement":
-        """Check against the mixers each layer has; returns itself. ValueError with the first layer that does not fit."""
+        """Check against each layer's mixers; returns itself. ValueError with the first layer that does not fit."""
         if len(self) != len(choices):
             raise ValueError(f"the placement {self} names {len(self)} layers, but the model has {len(choices)}")
         for layer, (name, offered) in enumerate(zip(self.mixers, choices, strict=True)):

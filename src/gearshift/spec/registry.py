@@ -9,12 +9,14 @@ from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Any
 
+from gearshift.spec.base import Spec
+
 
 @dataclass(frozen=True)
 class Kind:
     """One kind of mixer or MLP: its spec, and where the code that needs torch lies (`module:attribute`)."""
 
-    spec: type
+    spec: type[Spec]
     module: str
     transfers: Mapping[str, str] = field(default_factory=dict)
     """Where weights can come from: source kind -> `module:attribute` of a `Transfer`."""
@@ -56,7 +58,9 @@ class Registry:
         paths = {folder.name: f"{self.group}.{folder.name}:KIND" for folder in folders}
         for entry in entry_points(group=self.group):
             if entry.name in paths and paths[entry.name] != entry.value:
-                raise ValueError(f"two packages offer a {self.what} named {entry.name!r}: {entry.value} and {paths[entry.name]}")
+                raise ValueError(
+                    f"two packages offer a {self.what} named {entry.name!r}: {entry.value} and {paths[entry.name]}"
+                )
             paths[entry.name] = entry.value
         return paths
 

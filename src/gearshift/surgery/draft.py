@@ -1,5 +1,6 @@
 """A model under the knife: its spec so far, and for every tensor of it an expression over the original's tensors."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -93,7 +94,7 @@ def mixer_tensors(spec: MixerSpec, hidden_size: int) -> dict[str, tuple[tuple[in
 
 @lru_cache(maxsize=64)
 def _mixer_tensors(dump: str, kind: str, hidden_size: int) -> dict[str, tuple[tuple[int, ...], Any]]:
-    spec = MIXERS[kind].spec.model_validate_json(dump).resolved(hidden_size)
+    spec = MIXERS.parse(json.loads(dump)).resolved(hidden_size)
     module_class: type[Mixer] = MIXERS[kind].load()
     with torch.device("meta"):
         module = module_class(spec, hidden_size)

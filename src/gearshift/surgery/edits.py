@@ -63,7 +63,9 @@ class Add(Edit):
                 raise ValueError(f"block {name!r} has a mixer {self.name!r} already: replace or drop it")
             origin = self.source or mixer.main
             if origin not in mixer.mixers:
-                raise ValueError(f"block {name!r} has no mixer {origin!r} to start from: it has {', '.join(mixer.mixers)}")
+                raise ValueError(
+                    f"block {name!r} has no mixer {origin!r} to start from: it has {', '.join(mixer.mixers)}"
+                )
             spec, given = _begin(self.mixer, mixer.mixers[origin], self.init, draft.spec.hidden_size)
             sources = draft.mixer_prefixes(name, origin)
             for prefix, source in zip(_inside(draft, name, self.name), sources, strict=True):
@@ -87,10 +89,14 @@ class Drop(Edit):
             mixer = stochastic(name, block)
             _present(name, mixer, self.name)
             if self.name == mixer.main:
-                raise ValueError(f"{self.name!r} is the main mixer of block {name!r}: it cannot be dropped, only pruned to")
+                raise ValueError(
+                    f"{self.name!r} is the main mixer of block {name!r}: it cannot be dropped, only pruned to"
+                )
             rest = {key: spec for key, spec in mixer.mixers.items() if key != self.name}
             draft = draft.without(draft.mixer_prefixes(name, self.name), f"the mixer {self.name!r} was dropped")
-            draft = draft.with_blocks({name: block.model_copy(update={"mixer": mixer.model_copy(update={"mixers": rest})})})
+            draft = draft.with_blocks(
+                {name: block.model_copy(update={"mixer": mixer.model_copy(update={"mixers": rest})})}
+            )
         return draft
 
 
@@ -153,7 +159,9 @@ class Change(Edit):
             {key: shape for key, (shape, _) in mixer_tensors(spec, hidden_size).items()} for spec in (old, new)
         )
         if before != after:
-            raise ValueError(f"block {name!r}: {self.mixer} would change the shapes of the mixer's weights: use replace")
+            raise ValueError(
+                f"block {name!r}: {self.mixer} would change the shapes of the mixer's weights: use replace"
+            )
         return new
 
 
@@ -183,11 +191,11 @@ class Lay(Edit):
             pattern=list(self.pattern),
             blocks={name: block.model_dump(mode="json") for name, block in used.items()} or blocks,
         )
-        new = new_draft.spec.decoder
-        for layer, (before, after) in enumerate(zip(old.layers, new.layers, strict=False)):
+        laid = new_draft.spec.decoder
+        for layer, (before, after) in enumerate(zip(old.layers, laid.layers, strict=False)):
             if before != after:
                 raise ValueError(
-                    f"layer {layer} has the weights of block {old.layout[layer]!r}, and block {new.layout[layer]!r} is"
+                    f"layer {layer} has the weights of block {old.layout[layer]!r}, and block {laid.layout[layer]!r} is"
                     " not like it: copy the block, lay it out, and then edit the copy"
                 )
         return carried(draft, new_draft, lambda layer, rest: rest, "its layer was cut off")

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError
 
 from gearshift.plan import Cast, Discard, Expression, Plan, Schema, TensorInfo, infer, references
 from gearshift.plan.rewrite import simplify
+from gearshift.settings import load_settings
 from gearshift.spec import ModelSpec, Placement, Spec, StochasticMixerSpec
 from gearshift.surgery.draft import Draft, original
 from gearshift.surgery.edits import Add, Change, Drop, Edit, Lay, Replace, Wrap, carried
@@ -63,15 +63,7 @@ class Surgery(Spec):
 
 def load_surgery(path: str | Path) -> Surgery:
     """Read a surgery from a YAML file. ValueError naming the file, the place and what is wrong."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no surgery at {path}: there is no such file")
-    try:
-        surgery = Surgery.model_validate(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        raise ValueError(f"{path}: {describe(error)}") from None
+    surgery = load_settings(Surgery, path)
     for number, step in enumerate(surgery.edits):
         try:
             _ = step.edit
@@ -176,6 +168,7 @@ def _plan(draft: Draft, source: Schema, dtype: str | None) -> Plan:
         expressions[name] = made
         target[name] = TensorInfo(info.shape, infer(made, source).dtype)
     used = {tensor for made in expressions.values() for tensor in references(made)}
-    discards = tuple(Discard(name, draft.reasons[name]) for name in source if name not in used and name in draft.reasons)
+    discards = tuple(
+        Discard(name, draft.reasons[name]) for name in source if name not in used and name in draft.reasons
+    )
     return Plan(source, target, expressions, discards)
-

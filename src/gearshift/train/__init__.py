@@ -1,6 +1,5 @@
 """Distillation: a layerwise stage, then a stochastic one, from the model itself."""
 
-from gearshift.train.load import load_recipe
 from gearshift.train.loop import Distiller, TrainingDivergedError, distil
 from gearshift.train.metrics import (
     CalibrationRecord,
@@ -20,6 +19,7 @@ from gearshift.train.recipe import (
     Recipe,
     ScheduleSettings,
     StochasticStage,
+    load_recipe,
 )
 from gearshift.train.run import TrainResult, train
 from gearshift.train.sampling import (

@@ -1,9 +1,12 @@
 """What a person says about a distillation: settings for a model in memory, and the recipe of a whole run."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from gearshift.settings import load_settings
 from gearshift.spec import Spec
 from gearshift.train.sampling import AllocationSampling, Sampling, normalised
 
@@ -181,3 +184,8 @@ class Recipe(DistillationSettings):
         if not value.strip():
             raise ValueError("give a folder")
         return value
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe in a YAML file, changed by `key=value` overrides (see `gearshift.settings`)."""
+    return load_settings(Recipe, path, overrides)

@@ -17,7 +17,9 @@ def frequencies(spec: RotarySpec, head_dim: int, max_positions: int, positions: 
     if spec.type == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float, device=positions.device) / head_dim
         return 1.0 / (spec.theta**exponents), 1.0
-    parameters = {name: value for name, value in spec.model_dump(exclude={"type", "theta"}).items() if value is not None}
+    parameters = {
+        name: value for name, value in spec.model_dump(exclude={"type", "theta"}).items() if value is not None
+    }
     config = LlamaConfig(
         head_dim=head_dim,
         hidden_size=head_dim,

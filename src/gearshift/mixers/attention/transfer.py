@@ -24,13 +24,18 @@ def plan(source: MixerSpec, target: MixerSpec, hidden_size: int) -> Mapping[str,
     for name in ("heads", "head_dim"):
         if getattr(source, name) != getattr(target, name):
             there, here = getattr(target, name), getattr(source, name)
-            raise ValueError(f"attention with {name} {there} cannot start from attention with {name} {here}: use init: random")
+            raise ValueError(
+                f"attention with {name} {there} cannot start from attention with {name} {here}: use init: random"
+            )
     if target.kv_heads % source.kv_heads:
         raise ValueError(
-            f"{target.kv_heads} kv_heads cannot start from {source.kv_heads}: only whole multiples can; use init: random"
+            f"{target.kv_heads} kv_heads cannot start from {source.kv_heads}: only whole multiples can, or init: random"
         )
     times = target.kv_heads // source.kv_heads
-    made: dict[str, Expression] = {"q_proj.weight": Reference("q_proj.weight"), "o_proj.weight": Reference("o_proj.weight")}
+    made: dict[str, Expression] = {
+        "q_proj.weight": Reference("q_proj.weight"),
+        "o_proj.weight": Reference("o_proj.weight"),
+    }
     for name in "kv":
         made[f"{name}_proj.weight"] = _repeated(f"{name}_proj.weight", source, times, (hidden_size,))
     if source.qkv_bias and target.qkv_bias:

@@ -11,16 +11,21 @@ from gearshift.spec import MixerSpec
 
 
 def infer(source: MixerSpec, hidden_size: int, given: Mapping[str, Any]) -> GatedDeltaNetSpec:
-    """As many heads, and as wide ones, as the attention has, changed by what is given."""
+    """As many heads, and as wide ones, as the attention has, changed by what is given.
+
+    The output gate becomes a sigmoid unless given: it starts half open, where SiLU starts at zero with random signs and
+    hides what the attention's weights would give (measured in `docs/benchmarks.md`).
+    """
     assert isinstance(source, AttentionSpec)
     source = source.resolved(hidden_size)
-    sizes = {
+    defaults = {
         "key_heads": source.heads,
         "value_heads": source.heads,
         "key_dim": source.head_dim,
         "value_dim": source.head_dim,
+        "activation": "sigmoid",
     }
-    return GatedDeltaNetSpec.model_validate({**sizes, **given}).resolved(hidden_size)
+    return GatedDeltaNetSpec.model_validate({**defaults, **given}).resolved(hidden_size)
 
 
 def plan(source: MixerSpec, target: MixerSpec, hidden_size: int) -> Mapping[str, Start]:

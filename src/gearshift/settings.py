@@ -1,37 +1,47 @@
-"""Reading a recipe: YAML, then `key=value` overrides."""
+"""Settings from YAML, with `key=value` overrides: the one way that recipes and surgeries are read."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from gearshift.train.recipe import LayerwiseStage, Recipe, StochasticStage
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe in a YAML file, changed by overrides such as `seed=3` or `stages.0.steps=10` (values are YAML too).
+def load_settings(kind: type[Settings], path: str | Path | None, overrides: Iterable[str] = ()) -> Settings:
+    """The settings in a YAML file, changed by overrides such as `seed=3` or `stages.0.steps=10` (values are YAML too).
 
-    ValueError, in one sentence, if the file or an override cannot be read, or if a key or value is not a recipe's.
+    Args:
+        kind: the pydantic model of the settings.
+        path: the file; None starts from the defaults.
+        overrides: dotted key=value pairs.
+
+    ValueError, in one sentence, if the file or an override cannot be read, or if a key or value does not fit.
     """
-    path = Path(path)
+    data = {} if path is None else _read(Path(path))
+    for override in overrides:
+        _apply(data, override)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        told = sentence(error, data, kind)
+        raise ValueError(told if path is None else f"{path}: {told}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ValueError(f"the recipe {path} cannot be read: {reason}") from None
+        raise ValueError(f"the file {path} cannot be read: {reason}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {_one_line(error)}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path} is not a recipe: it must be a mapping of keys to values")
-    for override in overrides:
-        _apply(data, override)
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        raise ValueError(f"{path}: {_sentence(error, data)}") from None
+        raise ValueError(f"{path} must be a mapping of keys to values")
+    return data
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -65,12 +75,12 @@ def _index(container: Any, part: str, override: str) -> Any:
     return int(part)
 
 
-def _sentence(error: ValidationError, data: Any) -> str:
+def sentence(error: ValidationError, data: Any, kind: type[BaseModel]) -> str:
     """The first thing that is wrong, where it is, and what was probably meant."""
     first = error.errors()[0]
     where = _path(first["loc"], data)
     if first["type"] == "extra_forbidden":
-        near = get_close_matches(str(first["loc"][-1]), _known_keys())
+        near = get_close_matches(str(first["loc"][-1]), _known_keys(kind))
         return f"unknown key {where!r}" + (f": did you mean {near[0]}?" if near else "")
     if first["type"] == "missing":
         return f"the key {where!r} is missing"
@@ -96,11 +106,20 @@ def _path(location: tuple[int | str, ...], data: Any) -> str:
     return ".".join(parts)
 
 
-def _known_keys() -> list[str]:
-    models = (Recipe, LayerwiseStage, StochasticStage)
-    nested = [field.annotation for model in models for field in model.model_fields.values()]
-    fields = [getattr(model, "model_fields", {}) for model in (*models, *nested)]
-    return list(dict.fromkeys(name for names in fields for name in names))
+def _known_keys(kind: type[BaseModel]) -> list[str]:
+    """Every key that the settings and those inside them have."""
+    return list(dict.fromkeys(name for model in _models(kind, set()) for name in model.model_fields))
+
+
+def _models(annotation: Any, seen: set[type]) -> Iterator[type[BaseModel]]:
+    """The pydantic models that an annotation speaks of, and those inside them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in seen:
+        seen.add(annotation)
+        yield annotation
+        for field in annotation.model_fields.values():
+            yield from _models(field.annotation, seen)
+    for part in get_args(annotation):
+        yield from _models(part, seen)
 
 
 def _one_line(error: Exception) -> str:
