@@ -143,7 +143,7 @@ class Mixer(nn.Module, ABC):
     o_proj: nn.Linear
     """The last projection, [features] -> [hidden]. What calibration fits."""
     sharding: ClassVar[Mapping[str, Sharding]] = {}
-    """How tensor parallelism splits a parameter: name -> column (output features), row (input features) or replicated."""
+    """How tensor parallelism splits a parameter: name -> column (its outputs), row (its inputs) or replicated."""
 
     def __init__(self, spec: MixerSpec, hidden_size: int):
         super().__init__()
