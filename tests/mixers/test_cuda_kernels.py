@@ -69,8 +69,11 @@ def check(narrow: Mixer, wide: Mixer, where: MixContext, batch: int) -> None:
     wanted = gradients(expected, {"hidden": there, **dict(wide.named_parameters())})
     # The random projection behind the gradients is drawn on the CPU, so that both sides have the same one.
     found = gradients(actual.cpu(), {"hidden": here, **dict(narrow.named_parameters())})
+    # A decay's gradient is a sum that cancels, to nothing at all for one token: below this it is the others' rounding.
+    floor = 5e-3 * torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
     for name, gradient in wanted.items():
-        assert_near(found[name].cpu(), gradient, GRADIENTS, name)
+        error = (found[name].cpu().double() - gradient.double()).norm()
+        assert error <= GRADIENTS * max(gradient.norm(), floor), f"{name}: {error / gradient.norm():.2e}"
 
 
 @pytest.mark.gpu
