@@ -23,7 +23,7 @@ quickstart: $(if $(MODEL),$(VENV)/installed,$(VENV)/smollm2)
 	$(BIN)/gearshift quickstart --out $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT))
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -176,7 +176,6 @@ def test_bad_input_is_one_sentence_and_changes_nothing(
         assert listing(tmp_path) == set()
 
 
-@pytest.mark.slow
 def test_ctrl_c_at_any_time_exits_130(work: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from gearshift_launcher import main; main()"]
     command += ["quickstart", "--out", str(tmp_path / "out"), "--model", "tiny"]
@@ -192,7 +191,6 @@ def test_ctrl_c_at_any_time_exits_130(work: Path, tmp_path: Path) -> None:
     assert subprocess.run(command, check=False).returncode == 0
 
 
-@pytest.mark.slow
 def test_the_quickstart_on_a_tiny_model(tmp_path: Path) -> None:
     shown = succeed("quickstart", "--out", tmp_path, "--model", "tiny").output
     assert "report.html" in shown

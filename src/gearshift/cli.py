@@ -1,6 +1,7 @@
 """The command line: one function a verb."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-out = Console(soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="A model folder, a .gguf file, or a hub name such as org/name.")]

@@ -172,7 +172,8 @@ class Job:
         main, *scores = judge.score(
             [model.spec.main, *pure.values()], lambda done: advance(0.6 * tokens * done / planned)
         )
-        errors = layer_errors(model, held_out, lambda done: advance(0.4 * self.settings.sequence_length * done))
+        few = TokenSequences(held_out.tokens[:2])
+        errors = layer_errors(model, few, lambda done: advance(0.4 * tokens * done / len(few)))
         measured = dict(zip(pure, scores, strict=True))
         step.result = "divergence " + ", ".join(f"{name} {score.divergence:.3f}" for name, score in measured.items())
         return {

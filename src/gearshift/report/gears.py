@@ -85,7 +85,7 @@ def _state(search: Search, preset: Preset, run: Generation | None) -> str | None
 
 
 def _in_no_preset(dominated: DominatedMixer) -> Html:
-    return tag("p", tag("b", dominated.mixer, " is in no preset. "), dominated.reason, class_="remark")
+    return tag("p", tag("b", dominated.mixer, " is in no preset: "), dominated.reason, class_="remark")
 
 
 def front_section(report: Report, palette: Palette) -> Section | None:
