@@ -24,10 +24,12 @@ from gearshift.formats.documents import read_json, write_json
 from gearshift.generation import write
 from gearshift.model import GearshiftForCausalLM, cost_table
 from gearshift.progress import Advance, Step, Steps
+from gearshift.quickstart_report import write_report
 from gearshift.search import Budget, SearchSettings, pure_placements, search, write_result
 from gearshift.settings import load_settings
 from gearshift.spec import Spec
 from gearshift.surgery import load_surgery
+from gearshift.tiny import write_tiny_model
 from gearshift.train import DistillationSettings, Recipe, StepRecord, train
 
 RECIPES = next(
@@ -140,8 +142,6 @@ class Job:
         self._step("export", f"export {self.settings.export}", 1, self._export)
         self._step("generate", "generate", len(self.settings.presets) + 1, self._generate)
         with self.steps.step("report", 1) as (step, advance):
-            from gearshift.quickstart_report import write_report
-
             report = write_report(self)
             advance(1)
             step.result = str(report)
@@ -152,8 +152,6 @@ class Job:
     def _convert(self, step: Step, advance: Advance) -> dict[str, Any]:
         source = self.source
         if source == TINY:
-            from gearshift.tiny import write_tiny_model
-
             source = str(self.out / "source")
             write_tiny_model(Path(source), self.text)
         conversion = convert(source, [self.surgery])

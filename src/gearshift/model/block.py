@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from gearshift.mixers.base import MixContext, Mixer, MixerState
+from gearshift.plan import Constant, Initialiser
 from gearshift.spec import MIXERS, MLPS, BlockSpec, NormSpec, StochasticMixerSpec
 
 
@@ -34,6 +35,12 @@ class Block(nn.Module):
             self.mixer = MIXERS[spec.mixer.type].load()(spec.mixer, hidden_size)
         self.mlp_norm = norm(spec.norm, hidden_size)
         self.mlp = MLPS[spec.mlp.type].load()(spec.mlp, hidden_size)
+
+    def starts(self) -> dict[str, Initialiser]:
+        """The norms and the MLP; mixers answer for themselves."""
+        mlp = MLPS[self.spec.mlp.type].load().initialisers(self.spec.mlp, self.hidden_size)
+        norms = {f"{name}.weight": Constant(1.0) for name in ("mixer_norm", "mlp_norm")}
+        return {**norms, **{f"mlp.{name}": initialiser for name, initialiser in mlp.items()}}
 
     def mixer_named(self, name: str) -> Mixer:
         """The mixer that a placement calls `name`."""

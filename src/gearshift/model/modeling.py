@@ -12,6 +12,8 @@ from gearshift.mixers.base import MixContext
 from gearshift.model.block import Block, norm
 from gearshift.model.cache import GearshiftCache
 from gearshift.model.config import GearshiftConfig
+from gearshift.model.start import EMBEDDING, start
+from gearshift.plan import Constant, Initialiser
 from gearshift.spec import Placement, resolve_placement
 
 PlacementLike = str | Placement | Iterable[str]
@@ -71,9 +73,7 @@ class GearshiftPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Start a mixer, MLP, norm or table from its declared distributions. Transformers calls it for new weights."""
-        from gearshift.model.schema import start_module
-
-        start_module(module)
+        start(module)
 
 
 class GearshiftModel(GearshiftPreTrainedModel):
@@ -88,6 +88,10 @@ class GearshiftModel(GearshiftPreTrainedModel):
         self.layers = nn.ModuleDict({key: Block(block, spec.hidden_size) for key, block in owners.items()})
         self.norm = norm(spec.final_norm, spec.hidden_size)
         self.post_init()
+
+    def starts(self) -> dict[str, Initialiser]:
+        """The table and the norm; blocks answer for themselves."""
+        return {"embed_tokens.weight": EMBEDDING, "norm.weight": Constant(1.0)}
 
     @property
     def blocks(self) -> list[Block]:
@@ -165,6 +169,10 @@ class GearshiftForCausalLM(GearshiftPreTrainedModel, GenerationMixin):
         self.model = GearshiftModel(config)
         self.lm_head = nn.Linear(self.spec.hidden_size, self.spec.vocab_size, bias=False)
         self.post_init()
+
+    def starts(self) -> dict[str, Initialiser]:
+        """The head."""
+        return {"lm_head.weight": EMBEDDING}
 
     def set_placement(self, value: PlacementLike | None) -> None:
         super().set_placement(value)

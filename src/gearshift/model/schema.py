@@ -1,19 +1,16 @@
 """What follows from a spec without weights: tensor names and shapes, starting distributions, sizes, costs."""
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import nn
 
-from gearshift.mixers.base import Mixer
 from gearshift.model.block import Block
 from gearshift.model.config import GearshiftConfig
-from gearshift.plan import Constant, Initialiser, Normal, Schema, TensorInfo
-from gearshift.spec import MLPS, CostTable, ModelSpec, decode_cost
+from gearshift.model.start import declared
+from gearshift.plan import Initialiser, Schema, TensorInfo
+from gearshift.spec import CostTable, ModelSpec, decode_cost
 from gearshift.spec.parts import DTYPE_BYTES
-
-EMBEDDING = Normal(std=0.02)
 
 
 @lru_cache(maxsize=8)
@@ -49,38 +46,6 @@ def initial(spec: ModelSpec) -> dict[str, Initialiser]:
     if spec.tie_embeddings:
         del started["lm_head.weight"]
     return started
-
-
-def declared(module: nn.Module) -> Iterator[tuple[str, Initialiser]]:
-    """The starting distribution of each parameter that a module answers for, by its name in the module."""
-    if isinstance(module, Mixer):
-        yield from module.initialisers(module.spec, module.hidden_size).items()
-    elif isinstance(module, Block):
-        mlp = MLPS[module.spec.mlp.type].load()
-        sized = module.hidden_size
-        yield "mixer_norm.weight", Constant(1.0)
-        yield "mlp_norm.weight", Constant(1.0)
-        for name, initialiser in mlp.initialisers(module.spec.mlp, sized).items():
-            yield f"mlp.{name}", initialiser
-    elif type(module).__name__ == "GearshiftModel":
-        yield "embed_tokens.weight", EMBEDDING
-        yield "norm.weight", Constant(1.0)
-    elif type(module).__name__ == "GearshiftForCausalLM":
-        yield "lm_head.weight", EMBEDDING
-
-
-@torch.no_grad()
-def start_module(module: nn.Module) -> None:
-    """Draw the parameters that `module` answers for from torch's generator. Conversions use seeded plans instead."""
-    from gearshift.plan.execute import initialise
-
-    for name, initialiser in declared(module):
-        parameter = module.get_parameter(name)
-        if parameter.device.type == "meta" or getattr(parameter, "_is_hf_initialized", False):
-            continue
-        seed = int(torch.randint(2**31, ()))
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        parameter.copy_(initialise(initialiser, tuple(parameter.shape), dtype, seed, name))
 
 
 def parameter_counts(spec: ModelSpec) -> tuple[dict[tuple[str, str], int], int]:
