@@ -166,7 +166,7 @@ def _with_spec(native: NativeConfig, spec: ModelSpec) -> NativeConfig:
 
 
 def _seed(surgeries: Sequence[Surgery]) -> int:
-    seeds = {surgery.seed for surgery in surgeries}
+    seeds = {surgery.seed for surgery in surgeries if surgery.seed is not None}
     if len(seeds) > 1:
         raise ValueError(f"the surgeries name different seeds, {sorted(seeds)}: one conversion has one")
     return seeds.pop() if seeds else 0

@@ -49,8 +49,6 @@ class QuickstartSettings(Spec):
 
     surgery: str = "surgery.yaml"
     """The surgery that makes the supernet: a path, seen from the recipe's folder."""
-    seed: int = Field(default=0, ge=0)
-    """Settles everything that is drawn."""
     sequence_length: int = Field(default=1024, ge=2)
     """Tokens of a sequence, in training and in judging the pure placements."""
     held_out: int = Field(default=4, ge=1)

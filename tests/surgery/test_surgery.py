@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tests.models import ATTENTION, supernet, tokens
 
 from gearshift.model import GearshiftConfig, GearshiftForCausalLM, schema
@@ -153,6 +154,9 @@ def test_shared_blocks_are_edited_once_and_pruned_by_layer() -> None:
         ([WRAP, {"drop": {"name": "full"}}], "is the main mixer"),
         ([WRAP, {"drop": {"name": "x"}}], "has no mixer 'x'"),
         ([{"change": {"mixer": {"heads": 2}}}], "use replace"),
+        ([{"change": {"mlp": {"bias": True}}}], "shapes of the MLP's weights"),
+        ([{"change": {"mlp": {"intermediate_size": 8}}}], "shapes of the MLP's weights"),
+        ([{"layout": {"pattern": ["block"], "copies": {"spare": "block"}}}], "does not use the copy 'spare'"),
         ([{"change": {"blocks": ["b"], "mixer": {"window": 2}}}], "there is no block 'b'"),
         ([{"replace": {"name": "full", "mixer": {"type": "attention"}}}], "plain mixer"),
         ([{"layout": {"pattern": ["block", "other"]}}], "'other'"),
@@ -165,3 +169,9 @@ def test_what_cannot_be_done_is_said_before_anything_is_read(edits: list[dict], 
     spec = plain()
     with pytest.raises(ValueError, match=message):
         operate(spec, schema(spec, "float32"), [Surgery.model_validate({"edits": edits})])
+
+
+@pytest.mark.parametrize("edits", [[{**WRAP, **WINDOW}], [{}], [{"change": {}}], [], [{"wrapp": {"main": "x"}}]])
+def test_an_entry_holds_exactly_one_edit_that_does_something(edits: list[dict]) -> None:
+    with pytest.raises(ValidationError):
+        Surgery.model_validate({"edits": edits})

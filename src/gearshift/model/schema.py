@@ -59,9 +59,8 @@ def parameter_counts(spec: ModelSpec) -> tuple[dict[tuple[str, str], int], int]:
             counts[name, mixer] = _elements(block.mixer_named(mixer))
     blocks = [model.get_submodule(f"model.layers.{key}") for key in spec.decoder.weight_keys]
     layers = sum(_elements(block.get_submodule(part)) for block in blocks for part in ("mixer_norm", "mlp_norm", "mlp"))
-    # A step reads one row of the embedding table and the whole head, tied or not.
-    head = spec.vocab_size * spec.hidden_size
-    return counts, layers + head + spec.hidden_size
+    # A step reads one row of the embedding table, the final norm, and the whole head, tied or not.
+    return counts, layers + (spec.vocab_size + 2) * spec.hidden_size
 
 
 def _elements(module: nn.Module) -> int:

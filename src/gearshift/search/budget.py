@@ -129,6 +129,8 @@ def name_budgets(texts: Iterable[str]) -> dict[str, Budget]:
     for number, text in enumerate(texts, 1):
         name, colon, budget = text.partition(":")
         key = name.strip() if colon else f"budget-{number}"
+        if not NAME.fullmatch(key):
+            raise ValueError(f"{key!r} in {text!r} is no name: use letters, digits, '_' and '-', a letter first")
         if key in named:
             raise ValueError(f"two budgets are called {key!r}: give each its own name")
         named[key] = Budget.parse(budget if colon else text)

@@ -77,7 +77,10 @@ class Registry:
             near = get_close_matches(str(name), self.names())
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(self.names())}"
             raise ValueError(f"unknown {self.what} type {name!r}: {hint}")
-        return load(self._paths[name])
+        kind: Kind = load(self._paths[name])
+        if kind.name != name:
+            raise ValueError(f"the {self.what} offered as {name!r} calls itself {kind.name!r}: the names must agree")
+        return kind
 
     def parse(self, value: Any) -> Any:
         """The spec that a mapping with a `type` key describes; a spec is returned as it is."""

@@ -11,7 +11,7 @@ import torch
 from gearshift.mixers.base import Mixer, Start
 from gearshift.plan import Expression, Initialise, Initialiser, Reference, references
 from gearshift.plan.rewrite import substitute
-from gearshift.spec import MIXERS, BlockSpec, MixerSpec, ModelSpec, StochasticMixerSpec
+from gearshift.spec import MIXERS, MLPS, BlockSpec, MixerSpec, ModelSpec, StochasticMixerSpec
 
 LAYERS = "model.layers."
 
@@ -100,6 +100,13 @@ def _mixer_tensors(dump: str, kind: str, hidden_size: int) -> dict[str, tuple[tu
         module = module_class(spec, hidden_size)
     initialisers = module_class.initialisers(spec, hidden_size)
     return {name: (tuple(tensor.shape), initialisers[name]) for name, tensor in module.state_dict().items()}
+
+
+def mlp_shapes(block: BlockSpec, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a block's MLP."""
+    with torch.device("meta"):
+        module = MLPS[block.mlp.type].load()(block.mlp, hidden_size)
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def stochastic(block: str, spec: BlockSpec) -> StochasticMixerSpec:

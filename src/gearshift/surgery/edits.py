@@ -1,14 +1,14 @@
 """The edits that a surgery is made of. Each takes a draft to a draft, or says why it cannot be carried out."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gearshift.mixers.base import Start
 from gearshift.plan import Expression, references
 from gearshift.spec import MIXERS, BlockSpec, MixerSpec, Spec, StochasticMixerSpec
-from gearshift.surgery.draft import LAYERS, Draft, mixer_tensors, stochastic
+from gearshift.surgery.draft import LAYERS, Draft, mixer_tensors, mlp_shapes, stochastic
 
 Init = Literal["transfer", "random"]
 
@@ -138,6 +138,12 @@ class Change(Edit):
     norm: dict[str, Any] = Field(default_factory=dict)
     """New values of the norms' settings."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not (self.mixer or self.mlp or self.norm):
+            raise ValueError("a change names at least one setting of mixer, mlp or norm")
+        return self
+
     def apply(self, draft: Draft) -> Draft:
         changed = {}
         for name, block in draft.selected(self.blocks).items():
@@ -148,6 +154,8 @@ class Change(Edit):
             dump["mlp"] |= self.mlp
             dump["norm"] |= self.norm
             changed[name] = BlockSpec.model_validate(dump)
+            if mlp_shapes(block, draft.spec.hidden_size) != mlp_shapes(changed[name], draft.spec.hidden_size):
+                raise ValueError(f"block {name!r}: {self.mlp} would change the shapes of the MLP's weights")
         return draft.with_blocks(changed)
 
     def _changed_mixer(self, name: str, block: BlockSpec, hidden_size: int) -> MixerSpec:
@@ -182,6 +190,8 @@ class Lay(Edit):
             if new in blocks:
                 raise ValueError(f"there is a block {new!r} already: choose another name for the copy")
             blocks[new] = draft.selected([origin])[origin]
+        if idle := [new for new in self.copies if new not in self.pattern]:
+            raise ValueError(f"the pattern does not use the copy {idle[0]!r}: put it in, or leave it out")
         count = self.num_layers or old.num_layers
         if count > old.num_layers:
             raise ValueError(f"the model has {old.num_layers} layers: {count} would need weights that nothing gives")

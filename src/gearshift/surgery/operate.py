@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from gearshift.plan import Cast, Discard, Expression, Plan, Schema, TensorInfo, infer, references
 from gearshift.plan.rewrite import simplify
@@ -42,34 +42,32 @@ class Step(Spec):
     prune: Prune | None = None
     """Keep one mixer a layer."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            known, found = ", ".join(type(self).model_fields), " and ".join(given) or "none"
+            raise ValueError(f"each entry of a surgery holds exactly one edit of {known}, not {found}")
+        return self
+
     @property
     def edit(self) -> Edit:
-        """The one edit. ValueError if there are none or several."""
-        given = [edit for name in type(self).model_fields if (edit := getattr(self, name)) is not None]
-        if len(given) != 1:
-            known = ", ".join(type(self).model_fields)
-            raise ValueError(f"each entry of a surgery holds exactly one edit of {known}, not {len(given)}")
-        return given[0]
+        """The edit."""
+        return next(edit for name in type(self).model_fields if (edit := getattr(self, name)) is not None)
 
 
 class Surgery(Spec):
     """A list of edits, carried out in order."""
 
-    seed: int = Field(default=0, ge=0)
-    """Settles what new weights are drawn."""
+    seed: int | None = Field(default=None, ge=0)
+    """Settles what new weights are drawn; 0 if no surgery of a conversion names one."""
     edits: tuple[Step, ...] = Field(min_length=1)
     """The edits."""
 
 
 def load_surgery(path: str | Path) -> Surgery:
     """Read a surgery from a YAML file. ValueError naming the file, the place and what is wrong."""
-    surgery = load_settings(Surgery, path)
-    for number, step in enumerate(surgery.edits):
-        try:
-            _ = step.edit
-        except ValueError as error:
-            raise ValueError(f"{path}: edit {number}: {error}") from None
-    return surgery
+    return load_settings(Surgery, path)
 
 
 def describe(error: ValidationError) -> str:
