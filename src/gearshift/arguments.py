@@ -25,7 +25,7 @@ class Command(TyperCommand):
         except KeyboardInterrupt:
             _say("stopped; run the same command again to go on where it can be resumed")
             sys.exit(INTERRUPTED)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             _say(sentence(error))
             sys.exit(INPUT_AT_FAULT)
 

@@ -171,6 +171,10 @@ class Mixer(nn.Module, ABC):
         return self.output(self.core(self.project(hidden, context), context, state))
 
     @classmethod
+    def check_device(cls, device: torch.device, learning: bool) -> None:
+        """Called before a long job on `device`. ImportError if what the mixer runs on is missing or wrong there."""
+
+    @classmethod
     @abstractmethod
     def initialisers(cls, spec: Any, hidden_size: int) -> dict[str, Initialiser]:
         """The starting distribution of every parameter, by its name in the module."""

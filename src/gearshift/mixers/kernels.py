@@ -2,7 +2,14 @@
 
 import importlib
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
+
+import torch
+
+HOPPER = (9, 0)
+BROKEN_TRITON = ((3, 4, 0), (3, 7, 0))
+"""From the first to the last version whose compiled gated backward is wrong on Hopper; TileLang's is used instead."""
 
 
 @cache
@@ -16,3 +23,27 @@ def kernel(path: str) -> Any:
             f"on CUDA the recurrent mixers run on flash-linear-attention >= 0.6, and {path} could not be imported "
             f'({error}): pip install "gearshift[gpu]"'
         ) from error
+
+
+def check_kernels(device: torch.device, learning: bool) -> None:
+    """ImportError, naming the package, if what the recurrent mixers need on `device` is missing or known to be wrong."""
+    if device.type != "cuda":
+        return
+    kernel("fla.ops.gated_delta_rule:chunk_gated_delta_rule")
+    if not learning or torch.cuda.get_device_capability(device) != HOPPER or find_spec("tilelang"):
+        return
+    version = kernel_compiler()
+    if BROKEN_TRITON[0] <= version <= BROKEN_TRITON[1]:
+        raise ImportError(
+            f"on this GPU, gradients through the gated delta rule are wrong with triton {'.'.join(map(str, version))}: "
+            'install tilelang, or triton newer than 3.7.0 (pip install "gearshift[gpu]" brings tilelang)'
+        )
+
+
+def kernel_compiler() -> tuple[int, ...]:
+    """Triton's version; () without it."""
+    try:
+        version = str(importlib.import_module("triton").__version__)
+    except ImportError:
+        return ()
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())

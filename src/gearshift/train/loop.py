@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gearshift.data import TokenSequences
+from gearshift.mixers.base import Mixer
 from gearshift.model import GearshiftForCausalLM
 from gearshift.train.layerwise import LayerwiseRun
 from gearshift.train.metrics import CalibrationRecord, Callback, Record, StageEndRecord, StepRecord
@@ -67,6 +68,9 @@ class Distiller:
         self.optimiser: torch.optim.AdamW | None = None
         self.device = model.lm_head.weight.device
         self.precision = Precision(settings.autocast, self.device)
+        for module in model.modules():
+            if isinstance(module, Mixer):
+                module.check_device(self.device, learning=True)
         own = teacher is None
         self.scales = learning_rate_scales(model, settings.learning_rate_scales, settings.freeze, own)
         """Name -> factor on the learning rate, of the parameters that learn."""

@@ -11,6 +11,7 @@ from gearshift.mixers.delta_rule import delta_rule, log_decay
 from gearshift.mixers.gated_delta_net import GatedDeltaNetSpec
 from gearshift.mixers.gated_delta_net.kernel import gated_delta_rule
 from gearshift.mixers.gated_norm import GatedRMSNorm
+from gearshift.mixers.kernels import check_kernels
 from gearshift.plan import Constant, Initialiser, InverseSoftplusLogUniform, LogUniform, Normal, Uniform
 
 
@@ -98,6 +99,10 @@ class GatedDeltaNet(Mixer):
 
     def features(self, result: Mixed) -> Tensor:
         return self.norm(result.output, result.gate).flatten(2)
+
+    @classmethod
+    def check_device(cls, device: torch.device, learning: bool) -> None:
+        check_kernels(device, learning)
 
     @classmethod
     def initialisers(cls, spec: GatedDeltaNetSpec, hidden_size: int) -> dict[str, Initialiser]:

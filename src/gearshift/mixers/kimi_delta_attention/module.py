@@ -9,6 +9,7 @@ from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
 from gearshift.mixers.convolution import ShortConvolution, convolve
 from gearshift.mixers.delta_rule import delta_rule, log_decay
 from gearshift.mixers.gated_norm import GatedRMSNorm
+from gearshift.mixers.kernels import check_kernels
 from gearshift.mixers.kimi_delta_attention import KimiDeltaAttentionSpec
 from gearshift.mixers.kimi_delta_attention.kernel import kimi_delta_rule
 from gearshift.plan import Constant, Initialiser, InverseSoftplusLogUniform, LogUniform, Normal, Uniform
@@ -103,6 +104,10 @@ class KimiDeltaAttention(Mixer):
     def _heads(self, x: Tensor) -> Tensor:
         """[batch, tokens, heads * head_dim] -> [batch, tokens, heads, head_dim]."""
         return x.unflatten(-1, (-1, self.spec.head_dim))
+
+    @classmethod
+    def check_device(cls, device: torch.device, learning: bool) -> None:
+        check_kernels(device, learning)
 
     @classmethod
     def initialisers(cls, spec: KimiDeltaAttentionSpec, hidden_size: int) -> dict[str, Initialiser]:
