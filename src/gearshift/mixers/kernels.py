@@ -26,7 +26,7 @@ def kernel(path: str) -> Any:
 
 
 def check_kernels(device: torch.device, learning: bool) -> None:
-    """ImportError, naming the package, if what the recurrent mixers need on `device` is missing or known to be wrong."""
+    """ImportError, naming the package, if what recurrent mixers need on `device` is missing or known to be wrong."""
     if device.type != "cuda":
         return
     kernel("fla.ops.gated_delta_rule:chunk_gated_delta_rule")
