@@ -205,4 +205,5 @@ def assert_same(left, right):
 
 
 def bits(tensor):
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    # A clone: a tensor of one element counts as contiguous whatever its strides.
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from gearshift.plan import (
     Cast,
     Concatenate,
+    Discard,
     Initialise,
     Normal,
     Permute,
@@ -269,3 +270,13 @@ def test_evaluation_agrees_with_the_oracle(data):
 def test_an_empty_target_is_a_file_without_tensors(tmp_path):
     execute(Plan({}, {}, {}), MappingSource({}), tmp_path)
     assert load_file(tmp_path / "model.safetensors") == {}
+
+
+def test_a_single_element_with_a_stride_is_written(tmp_path):
+    wide = torch.arange(4.0).reshape(2, 2)
+    source = MappingSource({"w": wide})
+    column = Slice(Slice(Reference("w"), 1, 1, 2), 0, 0, 1)
+    rest = (Discard("w", "not needed", ((1, 2), (0, 2))), Discard("w", "not needed", ((0, 1), (0, 1))))
+    plan = Plan(source.schema, {"one": TensorInfo((1, 1), "float32")}, {"one": Permute(column, (1, 0))}, rest)
+    execute(plan, source, tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["one"].item() == 1.0

@@ -109,7 +109,7 @@ def write_shard(
             for name in shard.names:
                 tensor = value(name)
                 assert info_of(tensor) == schema[name], f"{name}: {info_of(tensor)} instead of {schema[name]}"
-                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                file.write(_bytes_of(tensor).numpy().data)
                 wrote(schema[name].bytes)
         partial.replace(path)
     except BaseException:
@@ -139,3 +139,12 @@ def remove_shards(folder: Path) -> None:
     for pattern in (SINGLE_FILE, "model-*-of-*.safetensors", INDEX_FILE):
         for path in (*folder.glob(pattern), *folder.glob(pattern + PARTIAL)):
             path.unlink()
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's bytes in order, [bytes], without a copy where it lies in order."""
+    flat = tensor.contiguous().reshape(-1)
+    if flat.numel() == 1:
+        # One element counts as contiguous whatever its stride, but cannot be viewed as bytes with any but 1.
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
