@@ -1,6 +1,8 @@
 """Conversion, pruning and export from end to end: equal to transformers' own models, and to each other, bit for bit."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -241,3 +243,51 @@ def test_damage_is_named_and_nothing_is_written(tmp_path: Path, damage: str, mes
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "source", [SURGERY]).write(tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+@pytest.mark.parametrize("out", ["supernet", "supernet/inside", "."])
+def test_a_checkpoint_is_never_written_over_what_it_is_made_from(supernet: Path, tmp_path: Path, out: str) -> None:
+    before = files(supernet)
+    with pytest.raises(ValueError, match="checkpoint it would be made from"):
+        export(supernet, "gdn").write(tmp_path / out, overwrite=True)
+    assert files(supernet) == before
+
+
+def test_save_pretrained_writes_the_stub(supernet: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(supernet, trust_remote_code=True)
+    model.save_pretrained(tmp_path / "saved")
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM;"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True); print(type(m).__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / "saved"], capture_output=True, text=True, check=True)
+    assert run.stdout.split()[-1] == "GearshiftForCausalLM"
+    assert sorted(path.name for path in (tmp_path / "saved").glob("*.py")) == ["modeling_gearshift.py"]
+
+
+def test_presets_never_hide_a_mixer(supernet: Path) -> None:
+    for name in ("attention", "main", "a b"):
+        with pytest.raises(ValueError, match="a preset cannot be called"):
+            save_presets(supernet, {name: Placement(["gdn"] * 3)})
+
+
+def test_weights_have_a_dtype_of_weights(tmp_path: Path) -> None:
+    family(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    save_file({**load_file(file), "model.norm.weight": torch.ones(24, dtype=torch.int64)}, file)
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight' is int64"):
+        convert(tmp_path / "source")
+
+
+def test_absurd_numbers_are_refused_at_once(tmp_path: Path) -> None:
+    family(tmp_path / "source")
+    with pytest.raises(ValueError, match="more than 4,096 layers"):
+        Placement.parse("gdn*99999999999")
+    config = tmp_path / "source" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 10**9}))
+    with pytest.raises(ValueError, match="num_layers"):
+        convert(tmp_path / "source")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
+    surgery = Surgery.model_validate({"edits": [{"wrap": {"main": "train"}}]})
+    with pytest.raises(ValueError, match="PyTorch keeps this name"):
+        convert(tmp_path / "source", [surgery])

@@ -23,7 +23,7 @@ class Command(TyperCommand):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            _say("stopped; run the same command again to go on where it can be resumed")
+            _say("stopped")
             sys.exit(INTERRUPTED)
         except (ValueError, OSError, ImportError) as error:
             _say(sentence(error))

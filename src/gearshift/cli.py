@@ -30,7 +30,7 @@ OnePlacement = Annotated[
     str | None, typer.Option("--placement", help="A preset, a list such as `attention*3,gdn*27`, or `@file.json`.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, `stages.0.steps=50`.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, changed.")]
 
 
 @app.command(cls=Command)
@@ -111,7 +111,7 @@ def evaluate(
     placement: Placements,
     text: TextFile,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence; at most 1024 if left out.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=2, help="Tokens a sequence; up to 1024 by itself.")] = None,
     sequences: Annotated[int, typer.Option(min=1, help="At most this many sequences of the text.")] = 16,
     skip: Annotated[int, typer.Option(min=0, help="Positions at the start of each sequence that do not count.")] = 0,
     stride: Annotated[int, typer.Option(min=1, help="Judge every so many positions.")] = 1,
@@ -252,7 +252,7 @@ def generate(
     placement: OnePlacement = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For temperatures above 0.")] = 0,
 ) -> None:
     """Continue a prompt under a placement."""
     import torch

@@ -43,7 +43,13 @@ class Conversion:
         return sum(info.bytes for info in self.plan.target.values())
 
     def write(self, out: str | Path, overwrite: bool = False, progress: Advance | None = None) -> None:
-        """Write the result to the folder `out`. Whole or not at all; run again, it goes on (see `write_checkpoint`)."""
+        """Write the result to the folder `out`. Whole or not at all; run again, it goes on (see `write_checkpoint`).
+
+        ValueError if `out` may not be replaced, or if it is, holds or lies in the checkpoint that it is made from.
+        """
+        here, source = Path(out).resolve(), self.checkpoint.path.resolve()
+        if here == source or here in source.parents or (source.is_dir() and source in here.parents):
+            raise ValueError(f"{out} is, holds or lies in the checkpoint it would be made from: choose another folder")
 
         def extras(folder: Path) -> None:
             self.checkpoint.copy_extras(folder)
@@ -93,7 +99,8 @@ def export(model: str | Path, placement: str | None = None, format: str = "auto"
     Raises ValueError if the placement does not fit, or if the format cannot express it.
     """
     if format != "auto" and format not in FORMATS:
-        raise ValueError(f"unknown format {format!r}: choose auto, {', '.join(FORMATS)}")
+        known = ", ".join(name for name in FORMATS if FORMATS[name].writable)
+        raise ValueError(f"unknown format {format!r}: choose auto, {known}")
     checkpoint = open_checkpoint(model)
     native, plan = checkpoint.native, checkpoint.plan
     if placement is None and native.spec.is_supernet:

@@ -18,7 +18,10 @@ def silent(amount: float) -> None:
 
 @contextmanager
 def bar(console: Console, what: str, total: float) -> Iterator[Advance]:
-    """A progress bar over `total` units; the yielded function moves it on. Gone when the block ends."""
+    """A progress bar over `total` units; the yielded function moves it on. Gone when the block ends. Terminals only."""
+    if not console.is_terminal:
+        yield silent
+        return
     columns = (
         TextColumn("[progress.description]{task.description}"),
         BarColumn(),

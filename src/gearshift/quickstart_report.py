@@ -29,6 +29,7 @@ from gearshift.report import (
     write,
 )
 from gearshift.report import Step as ReportStep
+from gearshift.tiny import TINY
 
 if TYPE_CHECKING:
     from gearshift.quickstart import Job
@@ -38,7 +39,7 @@ def write_report(job: "Job") -> Path:
     """Write `report.html` and `report.json` of a job whose steps are done; returns the page's path."""
     spec = job.model.spec
     source = job.results["convert"]["source"]
-    name = Path(str(source.get("name", job.source))).name
+    name = "tiny random Llama" if job.source == TINY else Path(str(source.get("name", job.source))).name
     report = Report(
         title=f"{name}: one checkpoint, {len(job.settings.presets) + 1} speeds",
         model=ModelInfo(

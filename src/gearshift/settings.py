@@ -31,9 +31,20 @@ def load_settings(kind: type[Settings], path: str | Path | None, overrides: Iter
         raise ValueError(told if path is None else f"{path}: {told}") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, that does not let a key come twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.YAMLError(f"the key {key!r} comes twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ValueError(f"the file {path} cannot be read: {reason}") from None

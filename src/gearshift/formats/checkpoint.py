@@ -14,6 +14,7 @@ from gearshift.formats.native import NativeConfig
 from gearshift.formats.registry import FORMATS
 from gearshift.plan import Plan, Schema
 from gearshift.plan.execute import Source
+from gearshift.spec.parts import DTYPE_BYTES
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model")
@@ -109,6 +110,11 @@ def build_plan(format: Format, native: NativeConfig, source: Source, where: Path
         plan = format.import_plan(native.spec, schema(native.spec, native.dtype), source.schema)
     except (ValueError, KeyError) as error:  # a KeyError is an activation that transformers does not have
         raise ValueError(f"{where}: {error.args[0]}") from None
+    for name, info in plan.target.items():
+        if info.dtype not in DTYPE_BYTES:
+            raise ValueError(
+                f"{where}: {name!r} is {info.dtype}, no dtype of weights: those are {', '.join(DTYPE_BYTES)}"
+            )
     if (names := format.tied_copy(native.spec, source.schema)) and not _equal(source, *names):
         raise ValueError(
             f"{where}: the config ties the head to the embeddings, but {names[1]!r} differs from {names[0]!r}: "

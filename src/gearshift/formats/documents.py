@@ -44,6 +44,8 @@ def copy_documents(source: Path, out: Path) -> None:
     """Copy the tokenizer and the settings of generation from one folder to another."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
+            if name.endswith(".json"):
+                read_json(source / name)  # a broken tokenizer is better found now than when the model is used
             shutil.copyfile(source / name, out / name)
     if (source / GENERATION).is_file():
         settings = read_json(source / GENERATION)

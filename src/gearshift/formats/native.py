@@ -8,17 +8,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from gearshift.formats.fates import CARRIED, RUNTIME_ONLY
+from gearshift.model.stub import AUTO_MAP
 from gearshift.spec import ModelSpec, Placement
 from gearshift.spec.parts import DTYPE_BYTES
+from gearshift.spec.placement import NAME
 
 MODEL_TYPE = "gearshift"
 ARCHITECTURE = "GearshiftForCausalLM"
-STUB = "modeling_gearshift.py"
-"""The file that a saved folder carries for `trust_remote_code`."""
-AUTO_MAP = {
-    "AutoConfig": "modeling_gearshift.GearshiftConfig",
-    "AutoModelForCausalLM": "modeling_gearshift.GearshiftForCausalLM",
-}
 _OWN = ("model_type", "architectures", "auto_map", "dtype", "spec", "presets", "default_preset", "source")
 
 
@@ -45,7 +41,12 @@ class NativeConfig:
     def __post_init__(self) -> None:
         for name in ("presets", "source", "extras"):
             object.__setattr__(self, name, dict(getattr(self, name)))
+        mixers = {mixer for offered in self.spec.choices for mixer in offered}
         for name, placement in self.presets.items():
+            if not NAME.fullmatch(name):
+                raise ValueError(f"a preset cannot be called {name!r}: use letters, digits, '_', '-', a letter first")
+            if name in mixers or name == "main":
+                raise ValueError(f"a preset cannot be called {name!r}: that already means a mixer in every layer")
             try:
                 placement.validate(self.spec.choices)
             except ValueError as error:

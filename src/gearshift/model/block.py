@@ -1,5 +1,7 @@
 """The decoder block and the stochastic mixer."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from gearshift.mixers.base import MixContext, Mixer, MixerState
@@ -12,13 +14,21 @@ def norm(spec: NormSpec, hidden_size: int) -> nn.Module:
     return nn.RMSNorm(hidden_size, eps=spec.epsilon)
 
 
+def named_modules(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
+    """A ModuleDict. ValueError for a name that PyTorch keeps for itself."""
+    try:
+        return nn.ModuleDict(modules)
+    except KeyError as error:
+        raise ValueError(f"PyTorch keeps this name for itself, choose another one: {error.args[0]}") from None
+
+
 class StochasticMixer(nn.Module):
     """Several named mixers. Which one runs comes in with the call."""
 
     def __init__(self, spec: StochasticMixerSpec, hidden_size: int):
         super().__init__()
         self.main = spec.main
-        self.mixers = nn.ModuleDict({name: MIXERS[m.type].load()(m, hidden_size) for name, m in spec.mixers.items()})
+        self.mixers = named_modules({name: MIXERS[m.type].load()(m, hidden_size) for name, m in spec.mixers.items()})
 
 
 class Block(nn.Module):

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from gearshift.model.stub import AUTO_MAP
 from gearshift.spec import ModelSpec, Placement
 
 
@@ -34,12 +35,17 @@ class GearshiftConfig(PreTrainedConfig):
         self.presets = dict(presets or {})
         self.default_preset = default_preset
         self.source = dict(source or {})
+        kwargs["auto_map"] = dict(AUTO_MAP)
         if parsed:
             # What tools expect to find on any config. Derived, so never written.
             kwargs |= {"vocab_size": parsed.vocab_size, "hidden_size": parsed.hidden_size}
             kwargs |= {"num_hidden_layers": parsed.decoder.num_layers, "max_position_embeddings": parsed.max_positions}
             kwargs["tie_word_embeddings"] = parsed.tie_embeddings
         super().__init__(**kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: a saved folder carries a stub (see `stub.py`), never a copy of this file."""
 
     @property
     def model_spec(self) -> ModelSpec:

@@ -1,5 +1,6 @@
 """The decoder and the causal language model, as transformers knows them."""
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,10 +10,11 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from gearshift.mixers.base import MixContext
-from gearshift.model.block import Block, norm
+from gearshift.model.block import Block, named_modules, norm
 from gearshift.model.cache import GearshiftCache
 from gearshift.model.config import GearshiftConfig
 from gearshift.model.start import EMBEDDING, start
+from gearshift.model.stub import write_stub
 from gearshift.plan import Constant, Initialiser
 from gearshift.spec import Placement, resolve_placement
 
@@ -71,6 +73,15 @@ class GearshiftPreTrainedModel(PreTrainedModel):
                 parameter.data = parameter.data.clone()
         return loaded
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As transformers', and the stub that lets `trust_remote_code` load the folder."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_stub(save_directory)
+
+    @classmethod
+    def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: a saved folder carries a stub (see `stub.py`), never a copy of this file."""
+
     def _init_weights(self, module: nn.Module) -> None:
         """Start a mixer, MLP, norm or table from its declared distributions. Transformers calls it for new weights."""
         start(module)
@@ -85,7 +96,7 @@ class GearshiftModel(GearshiftPreTrainedModel):
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
         owners = dict(zip(spec.decoder.weight_keys, spec.decoder.layers, strict=True))
         # A block with shared weights is one entry here, whatever the number of layers that run it.
-        self.layers = nn.ModuleDict({key: Block(block, spec.hidden_size) for key, block in owners.items()})
+        self.layers = named_modules({key: Block(block, spec.hidden_size) for key, block in owners.items()})
         self.norm = norm(spec.final_norm, spec.hidden_size)
         self.post_init()
 

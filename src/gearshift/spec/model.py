@@ -8,7 +8,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from gearshift.spec.base import Spec
 from gearshift.spec.parts import MixerSpec, MLPSpec, StateTensor
-from gearshift.spec.placement import NAME, Placement
+from gearshift.spec.placement import MOST_LAYERS, NAME, Placement
 from gearshift.spec.registry import MIXERS, MLPS, Registry
 
 
@@ -92,7 +92,7 @@ class BlockSpec(Spec):
 class DecoderSpec(Spec):
     """A stack of blocks: a pattern of block names, repeated to the number of layers, the last repeat cut short."""
 
-    num_layers: int = Field(ge=1)
+    num_layers: int = Field(ge=1, le=MOST_LAYERS)
     """How many layers there are."""
     pattern: tuple[str, ...] = Field(min_length=1)
     """Names of blocks, repeated until `num_layers` is reached."""

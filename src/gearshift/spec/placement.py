@@ -12,6 +12,9 @@ from pathlib import Path
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 """What a mixer or a preset may be called: what fits a module's path and a placement's text."""
 
+MOST_LAYERS = 4096
+"""No model has more; a slip of the pen that asks for a billion must not be carried out."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -30,7 +33,10 @@ class Placement:
             match = re.fullmatch(rf"\s*({NAME.pattern})\s*(?:\*\s*(\d+))?\s*", item)
             if not match or match[2] == "0":
                 raise ValueError(f"{item.strip()!r} in the placement {text!r} is neither 'mixer' nor 'mixer*count'")
-            mixers += [match[1]] * int(match[2] or 1)
+            count = int(match[2] or 1)
+            if len(mixers) + count > MOST_LAYERS:
+                raise ValueError(f"the placement {text!r} names more than {MOST_LAYERS:,} layers")
+            mixers += [match[1]] * count
         return cls(mixers)
 
     @classmethod
@@ -93,6 +99,8 @@ def resolve_placement(
     if isinstance(value, Placement):
         return value.validate(choices)
     if not isinstance(value, str):
+        if isinstance(value, Mapping) or not isinstance(value, Iterable):
+            raise ValueError(f"a placement is a preset's name, a Placement or a list of mixer names, not {value!r}")
         return Placement(value).validate(choices)
     if value in presets:
         return presets[value].validate(choices)
@@ -105,9 +113,15 @@ def resolve_placement(
 
 def _from_file(path: Path) -> Placement:
     try:
-        return Placement.from_json(path.read_text())
+        return Placement.from_json(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder, not a file with a placement") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _everywhere(name: str, presets: Mapping[str, Placement], choices: Sequence[Sequence[str]]) -> Placement:

@@ -4,22 +4,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from gearshift.formats.base import Format
-from gearshift.formats.native import MODEL_TYPE, STUB, NativeConfig
+from gearshift.formats.native import MODEL_TYPE, NativeConfig
 from gearshift.formats.tensors import check_present
+from gearshift.model.stub import STUB, STUB_CODE
 from gearshift.plan import Plan, Reference, Schema, TensorInfo
 from gearshift.spec import ModelSpec
-
-STUB_CODE = '''"""Loads this checkpoint with `trust_remote_code=True`. Its code is in the package `gearshift`."""
-
-try:
-    from gearshift.model import GearshiftConfig, GearshiftForCausalLM
-except ModuleNotFoundError as error:
-    if error.name not in ("gearshift", "gearshift.model"):
-        raise
-    raise ImportError("this checkpoint needs the package gearshift: pip install gearshift") from None
-
-__all__ = ["GearshiftConfig", "GearshiftForCausalLM"]
-'''
 
 
 class NativeFormat(Format):
