@@ -285,7 +285,7 @@ def test_absurd_numbers_are_refused_at_once(tmp_path: Path) -> None:
         Placement.parse("gdn*99999999999")
     config = tmp_path / "source" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 10**9}))
-    with pytest.raises(ValueError, match="num_layers"):
+    with pytest.raises(ValueError, match="num_hidden_layers"):
         convert(tmp_path / "source")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
     surgery = Surgery.model_validate({"edits": [{"wrap": {"main": "train"}}]})

@@ -116,3 +116,10 @@ def test_every_setting_says_what_it_means() -> None:
 def test_settings_in_memory_need_no_files() -> None:
     settings = DistillationSettings(stages=[LayerwiseStage(steps=1, batch_size=6)], gradient_accumulation=3)
     assert (settings.batch_size_of(0), settings.parts_of(0)) == (6, 3)
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: a\noutput: b\nmodel: c\nstages: []\n")
+    with pytest.raises(ValueError, match="the key 'model' comes twice"):
+        load_recipe(file)
