@@ -63,7 +63,7 @@ def test_chunks_are_the_recurrence(tokens: int, chunk_size: int, channels: int) 
     seed=st.integers(0, 1000),
 )
 def test_any_length_and_any_decay(tokens: int, channels: int, decay: float, key_heads: int, seed: int) -> None:
-    check(inputs(tokens, channels, decay, key_heads, seed), tolerance=3e-5)
+    check(inputs(tokens, channels, decay, key_heads, seed), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("channels", [1, 16])
