@@ -35,7 +35,7 @@ class Wrap(Edit):
         for name, block in draft.selected(self.blocks).items():
             if isinstance(block.mixer, StochasticMixerSpec):
                 raise ValueError(f"block {name!r} has a stochastic mixer already: add to it instead")
-            moves |= dict(zip(draft.mixer_prefixes(name, None), _inside(draft, name, self.main), strict=True))
+            moves |= dict(zip(draft.mixer_prefixes(name, None), draft.mixer_prefixes(name, self.main), strict=True))
             wrapped = StochasticMixerSpec(main=self.main, mixers={self.main: block.mixer})
             changed[name] = block.model_copy(update={"mixer": wrapped})
         return draft.renamed(lambda tensor: _moved(tensor, moves)).with_blocks(changed)
@@ -68,7 +68,7 @@ class Add(Edit):
                 )
             spec, given = _begin(self.mixer, mixer.mixers[origin], self.init, draft.spec.hidden_size)
             sources = draft.mixer_prefixes(name, origin)
-            for prefix, source in zip(_inside(draft, name, self.name), sources, strict=True):
+            for prefix, source in zip(draft.mixer_prefixes(name, self.name), sources, strict=True):
                 draft = draft.started(prefix, spec, given, draft.under(source))
             grown = mixer.model_copy(update={"mixers": {**mixer.mixers, self.name: spec}})
             draft = draft.with_blocks({name: block.model_copy(update={"mixer": grown})})
@@ -238,10 +238,6 @@ def _stochastic_blocks(draft: Draft) -> tuple[str, ...]:
     if not found:
         raise ValueError("no block has a stochastic mixer: wrap first")
     return found
-
-
-def _inside(draft: Draft, block: str, mixer: str) -> list[str]:
-    return draft.mixer_prefixes(block, mixer)
 
 
 def _moved(tensor: str, moves: Mapping[str, str]) -> str:
