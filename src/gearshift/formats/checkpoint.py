@@ -12,7 +12,7 @@ from gearshift.formats.documents import copy_documents, read_json
 from gearshift.formats.folder import SafetensorsSource
 from gearshift.formats.native import NativeConfig
 from gearshift.formats.registry import FORMATS
-from gearshift.plan import Plan, Schema
+from gearshift.plan import Plan, Schema, prevailing_dtype
 from gearshift.plan.execute import Source
 from gearshift.spec.parts import DTYPE_BYTES
 
@@ -94,7 +94,7 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
         raise ValueError(f"{config}: {error}") from None
     tensors = SafetensorsSource(folder)
     if not any(raw.get(key) for key in _DTYPE_KEYS):
-        native = replace(native, dtype=_dtype_of(tensors.schema))
+        native = replace(native, dtype=prevailing_dtype(tensors.schema))
     if format.model_type != "gearshift":
         native = replace(native, source={**native.source, "name": name})
     digest = hashlib.sha256(f"{tensors.fingerprint} {json.dumps(raw, sort_keys=True)}".encode()).hexdigest()
@@ -131,14 +131,6 @@ def _equal(source: Source, first: str, second: str) -> bool:
     step = max(1, _COMPARED_AT_ONCE // max(1, info.shape[1]))
     boxes = (((row, min(row + step, info.shape[0])), (0, info.shape[1])) for row in range(0, info.shape[0], step))
     return all(source.read(first, box).equal(source.read(second, box)) for box in boxes)
-
-
-def _dtype_of(schema: Schema) -> str:
-    """The dtype of most elements."""
-    sizes: dict[str, int] = {}
-    for info in schema.values():
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.elements
-    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def choose_format(native: NativeConfig) -> tuple[Format, str]:

@@ -17,6 +17,7 @@ from gearshift.plan.expressions import (
     Stack,
     TensorInfo,
     infer,
+    prevailing_dtype,
     references,
 )
 from gearshift.plan.initialisers import (
@@ -59,6 +60,7 @@ __all__ = [
     "describe",
     "difference",
     "infer",
+    "prevailing_dtype",
     "references",
     "render",
     "simplify",

@@ -178,6 +178,14 @@ def map_sources(expression: Expression, function: Callable[[Expression], Express
             return replace(expression, source=function(expression.source))
 
 
+def prevailing_dtype(schema: Schema) -> str:
+    """The dtype of most elements."""
+    sizes: dict[str, int] = {}
+    for info in schema.values():
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.elements
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
 def references(expression: Expression) -> Iterator[str]:
     """The names of the tensors that an expression reads, left to right, repeated where they are read repeatedly."""
     if isinstance(expression, Reference):

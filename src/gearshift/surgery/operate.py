@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from gearshift.plan import Cast, Discard, Expression, Plan, Schema, TensorInfo, infer, references
+from gearshift.plan import Cast, Discard, Expression, Plan, Schema, TensorInfo, infer, prevailing_dtype, references
 from gearshift.plan.rewrite import simplify
 from gearshift.settings import load_settings
 from gearshift.spec import ModelSpec, Placement, Spec, StochasticMixerSpec
@@ -88,7 +88,7 @@ def operate(
     Returns the new spec, and the plan from `source` to the new model's tensors: in the source's dtype, or in `dtype`.
     ValueError, before anything is read, if an edit does not fit; it names the edit.
     """
-    draft = original(spec, source, dtype or _prevailing(source))
+    draft = original(spec, source, dtype or prevailing_dtype(source))
     for surgery in surgeries:
         for number, step in enumerate(surgery.edits):
             try:
@@ -102,7 +102,7 @@ def operate(
 
 def prune(spec: ModelSpec, source: Schema, placement: Placement) -> tuple[ModelSpec, Plan]:
     """The model that `placement` makes of a supernet with the tensors `source`: plain mixers only, and its plan."""
-    draft = prune_draft(original(spec, source, _prevailing(source)), placement)
+    draft = prune_draft(original(spec, source, prevailing_dtype(source)), placement)
     return draft.spec, _plan(draft, source, None)
 
 
@@ -141,14 +141,6 @@ def shortest_pattern(layout: Sequence[str]) -> list[str]:
         if all(name == layout[index % length] for index, name in enumerate(layout)):
             return list(layout[:length])
     return list(layout)
-
-
-def _prevailing(schema: Schema) -> str:
-    """The dtype of most elements."""
-    sizes: dict[str, int] = {}
-    for info in schema.values():
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.elements
-    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def _plan(draft: Draft, source: Schema, dtype: str | None) -> Plan:
