@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
 from gearshift.mixers.convolution import ShortConvolution, convolve
 from gearshift.mixers.delta_rule import delta_rule, log_decay
+from gearshift.mixers.fused_delta_rule import fused_delta_rule
 from gearshift.mixers.gated_delta_net import GatedDeltaNetSpec
-from gearshift.mixers.gated_delta_net.kernel import gated_delta_rule
 from gearshift.mixers.gated_norm import GatedRMSNorm
 from gearshift.mixers.kernels import check_kernels
 from gearshift.plan import Constant, Initialiser, InverseSoftplusLogUniform, LogUniform, Normal, Uniform
@@ -90,7 +90,7 @@ class GatedDeltaNet(Mixer):
         value = value.unflatten(-1, (-1, self.spec.value_dim))
         if value.is_cuda:
             gates = (inputs.decay, inputs.beta, self.A_log, self.dt_bias)
-            output = gated_delta_rule(query, key, value, *gates, self.spec.negative_eigenvalues, context, state)
+            output = fused_delta_rule(query, key, value, *gates, context, state, self.spec.negative_eigenvalues)
         else:
             decay = log_decay(inputs.decay[..., None], self.A_log, self.dt_bias)
             beta = inputs.beta.float().sigmoid() * (2 if self.spec.negative_eigenvalues else 1)

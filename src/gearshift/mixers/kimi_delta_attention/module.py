@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
 from gearshift.mixers.convolution import ShortConvolution, convolve
 from gearshift.mixers.delta_rule import delta_rule, log_decay
+from gearshift.mixers.fused_delta_rule import fused_delta_rule
 from gearshift.mixers.gated_norm import GatedRMSNorm
 from gearshift.mixers.kernels import check_kernels
 from gearshift.mixers.kimi_delta_attention import KimiDeltaAttentionSpec
-from gearshift.mixers.kimi_delta_attention.kernel import kimi_delta_rule
 from gearshift.plan import Constant, Initialiser, InverseSoftplusLogUniform, LogUniform, Normal, Uniform
 
 
@@ -92,7 +92,7 @@ class KimiDeltaAttention(Mixer):
         query, key, value = map(self._heads, convolved)
         if value.is_cuda:
             gates = (inputs.decay, inputs.beta, self.A_log, self.dt_bias)
-            output = kimi_delta_rule(query, key, value, *gates, context, state)
+            output = fused_delta_rule(query, key, value, *gates, context, state)
         else:
             decay = log_decay(inputs.decay, self.A_log, self.dt_bias)
             output = delta_rule(query, key, value, decay, inputs.beta.float().sigmoid(), context, state)
