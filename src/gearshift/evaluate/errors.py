@@ -28,7 +28,7 @@ def layer_errors(
         for name in names
     }
     for tokens in sequences.tokens.split(1):
-        hidden = body.embed_tokens(tokens.to(model.device))
+        hidden = body.embed(tokens.to(model.device))
         context = body.context(hidden)
         for layer, block in enumerate(body.blocks):
             normed = block.mixer_norm(hidden)
@@ -38,6 +38,6 @@ def layer_errors(
                 if so_far is not None:
                     error = float(activation_error(block.mixer_named(name)(normed, context), target))
                     row[layer] = so_far + error / len(sequences)
-            hidden = block.feed(hidden + target)
+            hidden = block.feed(block.add_mixed(hidden, target))
         advance(1)
     return totals

@@ -52,7 +52,7 @@ def walk(model: GearshiftModel, tokens: Tensor, stops: Sequence[Stop]) -> Iterat
     x hidden numbers in all; so is what the layers share (masks, rotary tables), which no placement changes. The numbers
     are those of a plain forward, bit for bit: the same operations run on the same inputs.
     """
-    hidden = model.embed_tokens(tokens)
+    hidden = model.embed(tokens)
     context = model.context(hidden)
     blocks = model.blocks
     path = [hidden]

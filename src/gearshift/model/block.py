@@ -5,13 +5,9 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from gearshift.mixers.base import MixContext, Mixer, MixerState
-from gearshift.plan import Constant, Initialiser
-from gearshift.spec import MIXERS, MLPS, BlockSpec, NormSpec, StochasticMixerSpec
-
-
-def norm(spec: NormSpec, hidden_size: int) -> nn.Module:
-    """The norm a spec describes."""
-    return nn.RMSNorm(hidden_size, eps=spec.epsilon)
+from gearshift.mixers.norm import norm, norm_start
+from gearshift.plan import Initialiser
+from gearshift.spec import MIXERS, MLPS, BlockSpec, StochasticMixerSpec
 
 
 def named_modules(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
@@ -20,6 +16,12 @@ def named_modules(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
         return nn.ModuleDict(modules)
     except KeyError as error:
         raise ValueError(f"PyTorch keeps this name for itself, choose another one: {error.args[0]}") from None
+
+
+def norm_names(spec: BlockSpec) -> tuple[str, ...]:
+    """The norms that a block has, by name."""
+    before, behind = ("mixer_norm", "mlp_norm"), ("mixer_output_norm", "mlp_output_norm")
+    return {"before": before, "after": behind, "around": before + behind}[spec.norm_placement]
 
 
 class StochasticMixer(nn.Module):
@@ -32,24 +34,27 @@ class StochasticMixer(nn.Module):
 
 
 class Block(nn.Module):
-    """norm, mixer, residual; norm, MLP, residual."""
+    """norm, mixer, residual; norm, MLP, residual. The norms may also come behind the mixer and the MLP, or both."""
 
     def __init__(self, spec: BlockSpec, hidden_size: int):
         super().__init__()
         self.spec = spec
         self.hidden_size = hidden_size
-        self.mixer_norm = norm(spec.norm, hidden_size)
+        norms = {name: norm(spec.norm, hidden_size) for name in norm_names(spec)}
+        self.mixer_norm = norms.get("mixer_norm", nn.Identity())
+        self.mixer_output_norm = norms.get("mixer_output_norm", nn.Identity())
         if isinstance(spec.mixer, StochasticMixerSpec):
             self.mixer: nn.Module = StochasticMixer(spec.mixer, hidden_size)
         else:
             self.mixer = MIXERS[spec.mixer.type].load()(spec.mixer, hidden_size)
-        self.mlp_norm = norm(spec.norm, hidden_size)
+        self.mlp_norm = norms.get("mlp_norm", nn.Identity())
+        self.mlp_output_norm = norms.get("mlp_output_norm", nn.Identity())
         self.mlp = MLPS[spec.mlp.type].load()(spec.mlp, hidden_size)
 
     def starts(self) -> dict[str, Initialiser]:
         """The norms and the MLP; mixers answer for themselves."""
         mlp = MLPS[self.spec.mlp.type].load().initialisers(self.spec.mlp, self.hidden_size)
-        norms = {f"{name}.weight": Constant(1.0) for name in ("mixer_norm", "mlp_norm")}
+        norms = {f"{name}.weight": norm_start(self.spec.norm) for name in norm_names(self.spec)}
         return {**norms, **{f"mlp.{name}": initialiser for name, initialiser in mlp.items()}}
 
     def mixer_named(self, name: str) -> Mixer:
@@ -61,11 +66,15 @@ class Block(nn.Module):
 
     def mix(self, hidden: Tensor, context: MixContext, mixer: str, state: MixerState | None = None) -> Tensor:
         """The first half: `hidden` and what `mixer` adds to it. All shapes [batch, tokens, hidden]."""
-        return hidden + self.mixer_named(mixer)(self.mixer_norm(hidden), context, state)
+        return self.add_mixed(hidden, self.mixer_named(mixer)(self.mixer_norm(hidden), context, state))
+
+    def add_mixed(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """The end of the first half: `hidden` and what a mixer's output `mixed` adds to it."""
+        return hidden + self.mixer_output_norm(mixed)
 
     def feed(self, hidden: Tensor) -> Tensor:
         """The second half: `hidden` and what the MLP adds to it."""
-        return hidden + self.mlp(self.mlp_norm(hidden))
+        return hidden + self.mlp_output_norm(self.mlp(self.mlp_norm(hidden)))
 
     def forward(self, hidden: Tensor, context: MixContext, mixer: str, state: MixerState | None = None) -> Tensor:
         """[batch, tokens, hidden] -> [batch, tokens, hidden], with `mixer` mixing the tokens."""

@@ -10,12 +10,13 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from gearshift.mixers.base import MixContext
-from gearshift.model.block import Block, named_modules, norm
+from gearshift.mixers.norm import norm, norm_start
+from gearshift.model.block import Block, named_modules
 from gearshift.model.cache import GearshiftCache
 from gearshift.model.config import GearshiftConfig
 from gearshift.model.start import EMBEDDING, start
 from gearshift.model.stub import write_stub
-from gearshift.plan import Constant, Initialiser
+from gearshift.plan import Initialiser
 from gearshift.spec import Placement, resolve_placement
 
 PlacementLike = str | Placement | Iterable[str]
@@ -102,12 +103,19 @@ class GearshiftModel(GearshiftPreTrainedModel):
 
     def starts(self) -> dict[str, Initialiser]:
         """The table and the norm; blocks answer for themselves."""
-        return {"embed_tokens.weight": EMBEDDING, "norm.weight": Constant(1.0)}
+        return {"embed_tokens.weight": EMBEDDING, "norm.weight": norm_start(self.spec.final_norm)}
 
     @property
     def blocks(self) -> list[Block]:
         """The block of every layer, first layer first. Shared blocks come again."""
         return [self.layers[key] for key in self.spec.decoder.weight_keys]  # type: ignore[misc]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens [batch, tokens] -> [batch, tokens, hidden], what the first block reads."""
+        hidden = self.embed_tokens(tokens)
+        if not self.spec.scale_embeddings:
+            return hidden
+        return hidden * torch.tensor(self.spec.hidden_size**0.5, dtype=self.embed_tokens.weight.dtype).item()
 
     def context(
         self,
@@ -150,7 +158,10 @@ class GearshiftModel(GearshiftPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed(input_ids)
+        hidden = inputs_embeds
         chosen = self.placement(placement)
         cache = past_key_values
         if cache is None and use_cache:
@@ -169,6 +180,18 @@ class GearshiftModel(GearshiftPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=cache)
 
 
+class Head(nn.Linear):
+    """The language-modelling head, [..., hidden] -> logits [..., vocabulary], soft-capped where the model says so."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, softcap: float | None):
+        super().__init__(hidden_size, vocab_size, bias=False)
+        self.softcap = softcap
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = super().forward(hidden)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
 class GearshiftForCausalLM(GearshiftPreTrainedModel, GenerationMixin):
     """A decoder with a language-modelling head. `placement=` selects the mixers, in `forward` and in `generate`."""
 
@@ -178,7 +201,7 @@ class GearshiftForCausalLM(GearshiftPreTrainedModel, GenerationMixin):
     def __init__(self, config: GearshiftConfig):
         super().__init__(config)
         self.model = GearshiftModel(config)
-        self.lm_head = nn.Linear(self.spec.hidden_size, self.spec.vocab_size, bias=False)
+        self.lm_head = Head(self.spec.hidden_size, self.spec.vocab_size, self.spec.logit_softcap)
         self.post_init()
 
     def starts(self) -> dict[str, Initialiser]:

@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from gearshift.model.block import Block
+from gearshift.model.block import Block, norm_names
 from gearshift.model.config import GearshiftConfig
 from gearshift.model.start import declared
 from gearshift.plan import Initialiser, Schema, TensorInfo
@@ -58,7 +58,7 @@ def parameter_counts(spec: ModelSpec) -> tuple[dict[tuple[str, str], int], int]:
         for mixer in block.spec.mixers:
             counts[name, mixer] = _elements(block.mixer_named(mixer))
     blocks = [model.get_submodule(f"model.layers.{key}") for key in spec.decoder.weight_keys]
-    layers = sum(_elements(block.get_submodule(part)) for block in blocks for part in ("mixer_norm", "mlp_norm", "mlp"))
+    layers = sum(_elements(block.get_submodule(part)) for block in blocks for part in (*norm_names(block.spec), "mlp"))
     # A step reads one row of the embedding table, the final norm, and the whole head, tied or not.
     return counts, layers + (spec.vocab_size + 2) * spec.hidden_size
 

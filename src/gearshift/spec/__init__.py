@@ -2,8 +2,8 @@
 
 from gearshift.spec.base import Spec
 from gearshift.spec.costs import CostTable, decode_cost
-from gearshift.spec.model import BlockSpec, DecoderSpec, ModelSpec, NormSpec, StochasticMixerSpec
-from gearshift.spec.parts import MixerSpec, MLPSpec, StateTensor
+from gearshift.spec.model import BlockSpec, DecoderSpec, ModelSpec, StochasticMixerSpec
+from gearshift.spec.parts import MixerSpec, MLPSpec, NormSpec, StateTensor
 from gearshift.spec.placement import Placement, resolve_placement
 from gearshift.spec.registry import MIXERS, MLPS, Kind
 

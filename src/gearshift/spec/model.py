@@ -7,7 +7,7 @@ from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, field_va
 from pydantic_core import CoreSchema, core_schema
 
 from gearshift.spec.base import Spec
-from gearshift.spec.parts import MixerSpec, MLPSpec, StateTensor
+from gearshift.spec.parts import MixerSpec, MLPSpec, NormSpec, StateTensor
 from gearshift.spec.placement import MOST_LAYERS, NAME, Placement
 from gearshift.spec.registry import MIXERS, MLPS, Registry
 
@@ -57,15 +57,6 @@ class StochasticMixerSpec(MixerSpec):
         return self.model_copy(update={"mixers": mixers})
 
 
-class NormSpec(Spec):
-    """A normalisation over the channels."""
-
-    type: Literal["rms_norm"] = "rms_norm"
-    """The kind of norm."""
-    epsilon: float = Field(default=1e-6, gt=0)
-    """Added to the mean square before the root."""
-
-
 class BlockSpec(Spec):
     """One decoder block: norm, mixer, residual; norm, MLP, residual."""
 
@@ -74,7 +65,9 @@ class BlockSpec(Spec):
     mlp: Annotated[MLPSpec, _Registered(MLPS)]
     """The channel mixer."""
     norm: NormSpec = NormSpec()
-    """The norm before the mixer and before the MLP."""
+    """The norms of the mixer and of the MLP."""
+    norm_placement: Literal["before", "after", "around"] = "before"
+    """Where they are: on what a half reads, on what it adds to the residual stream, or on both."""
     shared_weights: bool = False
     """Whether all layers of this block use one set of weights. Each layer keeps a state of its own all the same."""
 
@@ -139,6 +132,10 @@ class ModelSpec(Spec):
     """The context length that the model was made for, in tokens."""
     tie_embeddings: bool = False
     """Whether the head is the transposed embedding table."""
+    scale_embeddings: bool = False
+    """Whether embeddings are multiplied by the square root of the hidden size."""
+    logit_softcap: float | None = Field(default=None, gt=0)
+    """If set, c: logits x become c tanh(x / c)."""
     final_norm: NormSpec = NormSpec()
     """The norm before the head."""
     decoder: DecoderSpec

@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
+
+from pydantic import Field
 
 from gearshift.spec.base import Spec
 
@@ -42,6 +44,17 @@ class StateTensor:
     def bytes(self, tokens: int, dtype: str) -> int:
         """The size in bytes after `tokens` tokens, with activations in `dtype`."""
         return self.elements(tokens) * DTYPE_BYTES[self.dtype or dtype]
+
+
+class NormSpec(Spec):
+    """A normalisation over the channels."""
+
+    type: Literal["rms_norm"] = "rms_norm"
+    """The kind of norm."""
+    epsilon: float = Field(default=1e-6, gt=0)
+    """Added to the mean square before the root."""
+    zero_centered: bool = False
+    """Whether the weights are kept as their difference from one: x is multiplied by 1 + weight."""
 
 
 class MixerSpec(Spec):

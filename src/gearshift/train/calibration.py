@@ -100,7 +100,7 @@ def calibrate(
     """
     main = teacher.spec.main
     own = teacher is model
-    hiddens = [teacher.model.embed_tokens(batch) for batch in batches]
+    hiddens = [teacher.model.embed(batch) for batch in batches]
     contexts = [teacher.model.context(hidden) for hidden in hiddens]
     student_contexts = contexts if own else [model.model.context(hidden) for hidden in hiddens]
     last_use = {mixer: layer for layer, mixers in enumerate(students) for mixer in mixers.values()}
@@ -113,7 +113,7 @@ def calibrate(
                 normed = block.mixer_norm(hidden)
                 target = block.mixer_named(main[layer])(normed, context)
                 read = normed if own else student_block.mixer_norm(hidden)
-                hiddens[index] = block.feed(hidden + target)
+                hiddens[index] = block.feed(block.add_mixed(hidden, target))
             for mixer in mixers:
                 with precision():
                     features = mixer.features(mixer.core(mixer.project(read, seen), seen, None))

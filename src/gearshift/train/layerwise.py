@@ -72,7 +72,7 @@ class LayerwiseRun(StageRun):
         main = self.teacher.spec.main
         errors: Terms = {}
         with torch.no_grad(), self.precision():
-            hidden = teacher.embed_tokens(tokens)
+            hidden = teacher.embed(tokens)
         context = teacher.context(hidden)
         own = context if self.own_teacher else student.context(hidden)
         pairs = zip(teacher.blocks, student.blocks, self.students, strict=True)
@@ -81,7 +81,7 @@ class LayerwiseRun(StageRun):
                 normed = block.mixer_norm(hidden)
                 target = block.mixer_named(main[layer])(normed, context)
                 read = normed if self.own_teacher else student_block.mixer_norm(hidden)
-                hidden = block.feed(hidden + target)
+                hidden = block.feed(block.add_mixed(hidden, target))
             for name, mixer in mixers.items():
                 with torch.set_grad_enabled(share is not None):
                     with self.precision():

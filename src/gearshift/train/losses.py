@@ -35,6 +35,7 @@ def head_losses(
     weights: Mapping[str, float],
     temperature: float = 1.0,
     chunk: int = 256,
+    softcaps: tuple[float | None, float | None] = (None, None),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the losses on next-token distributions, and each of them, in nats a token.
 
@@ -50,6 +51,7 @@ def head_losses(
         weights: `forward_kl` (teacher to student), `reverse_kl`, `cross_entropy` -> weight; 0 is not computed.
         temperature: divides the logits of both divergences, which are multiplied by its square (arXiv 1503.02531).
         chunk: positions.
+        softcaps: the student's and the teacher's soft cap on logits (`ModelSpec.logit_softcap`).
     """
     names = [name for name in HEAD_TERMS if weights.get(name, 0.0) > 0]
     if not names:
@@ -63,6 +65,7 @@ def head_losses(
         {name: weights[name] for name in names},
         temperature,
         chunk,
+        softcaps,
     )
     return loss, dict(zip(names, terms.unbind(), strict=True))
 
@@ -85,6 +88,7 @@ class _HeadLosses(torch.autograd.Function):
         weights: dict[str, float],
         temperature: float,
         chunk: int,
+        softcaps: tuple[float | None, float | None],
     ) -> tuple[Tensor, Tensor]:
         of_hidden, of_head = ctx.needs_input_grad[:2]
         hidden_gradient = torch.empty_like(student) if of_hidden else None
@@ -96,9 +100,13 @@ class _HeadLosses(torch.autograd.Function):
         scaled = {name: weight * per_position[name] for name, weight in weights.items()}
         for start in range(0, len(student), chunk):
             part = slice(start, start + chunk)
-            logits = F.linear(student[part], student_head).float()
-            against = F.linear(teacher[part], teacher_head).float() if weights.keys() - {"cross_entropy"} else None
+            logits = _capped(F.linear(student[part], student_head).float(), softcaps[0])
+            against = None
+            if weights.keys() - {"cross_entropy"}:
+                against = _capped(F.linear(teacher[part], teacher_head).float(), softcaps[1])
             sums, gradient = _terms(logits, against, labels[part], scaled, temperature, of_hidden or of_head)
+            if softcaps[0] is not None and (of_hidden or of_head):
+                gradient *= 1 - (logits / softcaps[0]).square()
             totals += torch.stack([sums[name] * per_position[name] for name in weights])
             if hidden_gradient is not None:
                 # Spelled as F.linear, which autocast knows: the product runs in the precision of the forward one.
@@ -113,7 +121,11 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients = (None if made is None else made * upstream[0].to(made.dtype) for made in ctx.saved_tensors)
-        return (*gradients, None, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None, None)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _autocast(head: Tensor) -> Tensor:

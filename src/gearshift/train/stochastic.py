@@ -100,7 +100,7 @@ class StochasticRun(StageRun):
             if self.own_teacher:
                 hidden = taught.start
             else:
-                hidden = body.embed_tokens(tokens)
+                hidden = body.embed(tokens)
                 context = body.context(hidden)
             final = body.norm(run_layers(self.model, hidden, context, placement, first, compare, recompute))
             loss, terms = head_losses(
@@ -112,6 +112,7 @@ class StochasticRun(StageRun):
                 weights,
                 self.stage.temperature,
                 self.loss_chunk,
+                (self.model.spec.logit_softcap, self.teacher.spec.logit_softcap),
             )
         if activation > 0:
             error = torch.stack(errors).sum() / len(placement) if errors else loss.new_zeros(())
@@ -139,7 +140,7 @@ class StochasticRun(StageRun):
                 outputs[layer] = output
 
         with self.precision():
-            hidden = self.teacher.model.embed_tokens(tokens)
+            hidden = self.teacher.model.embed(tokens)
             context = self.teacher.model.context(hidden)
             hidden = run_layers(self.teacher, hidden, context, self.teacher.spec.main, 0, keep)
             final = self.teacher.model.norm(hidden)
@@ -174,7 +175,7 @@ def run_layers(
 
     def run_layer(block: Block, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
         output = block.mixer_named(name)(block.mixer_norm(hidden), context)
-        return output, block.feed(hidden + output)
+        return output, block.feed(block.add_mixed(hidden, output))
 
     for layer, (block, name) in enumerate(zip(model.model.blocks, placement, strict=True)):
         if layer >= first:

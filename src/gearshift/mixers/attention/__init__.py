@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from gearshift.spec import Kind, MixerSpec, Spec, StateTensor
+from gearshift.spec import Kind, MixerSpec, NormSpec, Spec, StateTensor
 from gearshift.spec.parts import TOKENS
 
 
@@ -15,6 +15,8 @@ class RotarySpec(Spec):
     """How the frequencies are scaled to longer contexts."""
     theta: float = Field(default=10000.0, gt=0)
     """The base of the frequencies."""
+    share: float = Field(default=1.0, gt=0, le=1)
+    """The share of a head's channels, the first ones, that are rotated."""
     factor: float | None = None
     """All but `default`: how many times longer the context has become."""
     original_max_position_embeddings: int | None = None
@@ -57,7 +59,7 @@ class RotarySpec(Spec):
 
 
 class AttentionSpec(MixerSpec):
-    """Causal multi-head (`kv_heads == heads`), grouped-query or multi-query (`kv_heads == 1`) attention."""
+    """Multi-head (`kv_heads == heads`), grouped-query or multi-query (`kv_heads == 1`) attention."""
 
     type: Literal["attention"] = "attention"
     """Always `attention`."""
@@ -69,10 +71,18 @@ class AttentionSpec(MixerSpec):
     """Channels of a head; `hidden_size / heads` if left out."""
     window: int | None = Field(default=None, ge=1)
     """How many tokens a token sees, itself included. None: all before it."""
+    causal: bool = True
+    """Whether a token sees only itself and what precedes it; otherwise its window reaches both ways."""
     qkv_bias: bool = False
     """Whether the query, key and value projections have biases."""
     output_bias: bool = False
     """Whether the output projection has a bias."""
+    qk_norm: NormSpec | None = None
+    """A norm on queries and keys, before they are rotated; null for none."""
+    qk_norm_across_heads: bool = False
+    """Whether that norm runs over the channels of all heads together, instead of one head's."""
+    scale_dim: float | None = Field(default=None, gt=0)
+    """Scores are divided by the square root of this; by that of `head_dim` if left out."""
     rotary: RotarySpec | None = RotarySpec()
     """Rotary positions; null for none."""
 
@@ -83,8 +93,8 @@ class AttentionSpec(MixerSpec):
         if self.head_dim is None and hidden_size % self.heads:
             raise ValueError(f"a hidden size of {hidden_size} does not divide into {self.heads} heads: set head_dim")
         head_dim = self.head_dim or hidden_size // self.heads
-        if self.rotary is not None and head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, not {head_dim}")
+        if self.rotary is not None and (rotated := int(head_dim * self.rotary.share)) % 2:
+            raise ValueError(f"rotary positions need an even number of channels, not {rotated} of {head_dim}")
         return self.model_copy(update={"kv_heads": kv_heads, "head_dim": head_dim})
 
     def state(self) -> tuple[StateTensor, ...]:

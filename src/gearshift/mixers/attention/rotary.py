@@ -10,22 +10,28 @@ from gearshift.mixers.base import MixContext
 
 
 def frequencies(spec: RotarySpec, head_dim: int, max_positions: int, positions: Tensor) -> tuple[Tensor, float]:
-    """Inverse frequencies [head_dim / 2] in float32, and the factor on the tables.
+    """Inverse frequencies [rotated channels / 2] in float32, and the factor on the tables.
 
     The types `dynamic` and `longrope` depend on the longest position of the batch.
     """
     if spec.type == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float, device=positions.device) / head_dim
+        rotated = int(head_dim * spec.share)
+        exponents = torch.arange(0, rotated, 2, dtype=torch.float, device=positions.device) / rotated
         return 1.0 / (spec.theta**exponents), 1.0
     parameters = {
-        name: value for name, value in spec.model_dump(exclude={"type", "theta"}).items() if value is not None
+        name: value for name, value in spec.model_dump(exclude={"type", "theta", "share"}).items() if value is not None
     }
     config = LlamaConfig(
         head_dim=head_dim,
         hidden_size=head_dim,
         num_attention_heads=1,
         max_position_embeddings=max_positions,
-        rope_parameters={"rope_type": spec.type, "rope_theta": spec.theta, **parameters},
+        rope_parameters={
+            "rope_type": spec.type,
+            "rope_theta": spec.theta,
+            "partial_rotary_factor": spec.share,
+            **parameters,
+        },
     )
     length = int(positions.max()) + 1 if spec.type in ("dynamic", "longrope") else None
     return ROPE_INIT_FUNCTIONS[spec.type](config, positions.device, seq_len=length)
@@ -33,7 +39,7 @@ def frequencies(spec: RotarySpec, head_dim: int, max_positions: int, positions: 
 
 @torch.no_grad()
 def tables(spec: RotarySpec, head_dim: int, dtype: torch.dtype, context: MixContext) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each [batch, 1, tokens, head_dim] in `dtype`, made once a forward."""
+    """Cosines and sines, each [batch, 1, tokens, rotated channels] in `dtype`, made once a forward."""
 
     def make() -> tuple[Tensor, Tensor]:
         inverse, scale = frequencies(spec, head_dim, context.max_positions, context.positions)
@@ -45,6 +51,11 @@ def tables(spec: RotarySpec, head_dim: int, dtype: torch.dtype, context: MixCont
 
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn each pair of channels (i, i + head_dim / 2) of `heads` [batch, heads, tokens, head_dim] by its angle."""
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cosine + torch.cat((-second, first), dim=-1) * sine
+    """Turn each pair (i, i + n / 2) of the first n channels of `heads` [batch, heads, tokens, head_dim] by its angle.
+
+    n is the width of the tables; the channels behind them pass.
+    """
+    turned, passed = heads.tensor_split((cosine.shape[-1],), dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cosine + torch.cat((-second, first), dim=-1) * sine
+    return turned if passed.shape[-1] == 0 else torch.cat((turned, passed), dim=-1)

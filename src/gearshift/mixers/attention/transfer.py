@@ -38,12 +38,28 @@ def plan(source: MixerSpec, target: MixerSpec, hidden_size: int) -> Mapping[str,
     }
     for name in "kv":
         made[f"{name}_proj.weight"] = _repeated(f"{name}_proj.weight", source, times, (hidden_size,))
+    if source.qk_norm is not None and target.qk_norm is not None:
+        made |= _norms(source, target)
     if source.qkv_bias and target.qkv_bias:
         made["q_proj.bias"] = Reference("q_proj.bias")
         made |= {f"{name}_proj.bias": _repeated(f"{name}_proj.bias", source, times, ()) for name in "kv"}
     if source.output_bias and target.output_bias:
         made["o_proj.bias"] = Reference("o_proj.bias")
     return made
+
+
+def _norms(source: AttentionSpec, target: AttentionSpec) -> Mapping[str, Expression]:
+    """The norms of queries and keys. ValueError where theirs are over other channels."""
+    if source.qk_norm_across_heads != target.qk_norm_across_heads:
+        raise ValueError("qk_norm_across_heads must be that of the attention it starts from, or use init: random")
+    across = source.qk_norm_across_heads and source.kv_heads != target.kv_heads
+    assert target.kv_heads is not None
+    assert source.kv_heads is not None
+    times = target.kv_heads // source.kv_heads if across else 1
+    return {
+        "q_norm.weight": Reference("q_norm.weight"),
+        "k_norm.weight": _repeated("k_norm.weight", source, times, ()),
+    }
 
 
 def _repeated(name: str, source: AttentionSpec, times: int, rest: tuple[int, ...]) -> Expression:
