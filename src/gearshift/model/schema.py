@@ -57,8 +57,11 @@ def parameter_counts(spec: ModelSpec) -> tuple[dict[tuple[str, str], int], int]:
         assert isinstance(block, Block)
         for mixer in block.spec.mixers:
             counts[name, mixer] = _elements(block.mixer_named(mixer))
-    blocks = [model.get_submodule(f"model.layers.{key}") for key in spec.decoder.weight_keys]
-    layers = sum(_elements(block.get_submodule(part)) for block in blocks for part in (*norm_names(block.spec), "mlp"))
+    layers = sum(
+        _elements(model.get_submodule(f"model.layers.{key}.{part}"))
+        for key, block in zip(spec.decoder.weight_keys, spec.decoder.layers, strict=True)
+        for part in (*norm_names(block), "mlp")
+    )
     # A step reads one row of the embedding table, the final norm, and the whole head, tied or not.
     return counts, layers + (spec.vocab_size + 2) * spec.hidden_size
 

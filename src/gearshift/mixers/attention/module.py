@@ -96,5 +96,6 @@ class Attention(Mixer):
         started: dict[str, Initialiser] = {f"{name}_proj.weight": Normal(std=0.02) for name in "qkvo"}
         biased = ("qkv" if spec.qkv_bias else "") + ("o" if spec.output_bias else "")
         started |= {f"{name}_proj.bias": Constant(0.0) for name in biased}
-        normed = "qk" if spec.qk_norm is not None else ""
-        return started | {f"{name}_norm.weight": norm_start(spec.qk_norm) for name in normed}
+        if spec.qk_norm is not None:
+            started |= {f"{name}_norm.weight": norm_start(spec.qk_norm) for name in "qk"}
+        return started
