@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from gearshift.formats import FORMATS, InexpressibleError, NativeConfig, choose_format
-from gearshift.formats.base import FamilyFormat
+from gearshift.formats.family import FamilyFormat
 from gearshift.formats.fates import RUNTIME_ONLY, Carried, Constant, Derived, Fixed, Mapped, WeightDtype, mapped
 from gearshift.formats.tensors import Tensors
 from gearshift.model import schema
@@ -44,7 +44,7 @@ def edited(native: NativeConfig, **block: Any) -> NativeConfig:
 def test_every_fate_is_needed(name: str) -> None:
     """Deleting one is caught when the format is built, unless it only adds keys that the class does not know."""
     whole = family(name)
-    known = set(whole._class_keys()) - RUNTIME_ONLY
+    known = set(whole._table.class_keys()) - RUNTIME_ONLY
     for fate in whole.fates:
         rest = tuple(other for other in whole.fates if other is not fate)
         needed = isinstance(fate, Mapped | Fixed) or fate.key in known

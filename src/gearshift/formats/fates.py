@@ -3,7 +3,8 @@
 A field of the family's config is `Mapped`, `Constant`, `Derived`, `Carried` or a run-time-only key; a leaf of our spec
 is `Mapped` or `Fixed` (unrepresentable but for one value). `Format`s check that each has exactly one.
 
-A leaf is named by its path in `ModelSpec`; `layer.` stands for the block of every layer (`layer.mixer.heads`).
+A leaf is named by its path in `ModelSpec`. `layer.` stands for every kind of block that has the rest
+(`layer.mixer.heads`), the name of a kind for that one alone (`sliding_attention.mixer.window`).
 """
 
 from dataclasses import dataclass
@@ -33,6 +34,14 @@ def mapped(key: str, *paths: str, default: Any = REQUIRED) -> Mapped:
 def optional(key: str, *paths: str) -> Mapped:
     """A key that is left out where the leaf is None."""
     return Mapped(key, paths, default=None, omit_none=True)
+
+
+@dataclass(frozen=True)
+class Nullable:
+    """A key that holds other keys, and is null where the part of the spec at `path` is."""
+
+    key: str
+    path: str
 
 
 @dataclass(frozen=True)
@@ -81,13 +90,16 @@ class WeightDtype:
 
 @dataclass(frozen=True)
 class Fixed:
-    """A leaf of the spec that the family has no key for: export fails unless it has this value."""
+    """A leaf of the spec that the family has no key for: export fails unless it has this value.
+
+    A path above leaves can be fixed to null: the family has nothing of what they describe.
+    """
 
     path: str
     value: Any
 
 
-Fate = Mapped | Constant | Derived | Carried | WeightDtype | Fixed
+Fate = Mapped | Nullable | Constant | Derived | Carried | WeightDtype | Fixed
 
 
 RUNTIME_ONLY = frozenset(

@@ -1,33 +1,37 @@
 """The leaves of a spec, by path: which there are, and reading and setting them.
 
-`layer.` in a path stands for the block of every layer, so `layer.norm.epsilon` is `decoder.blocks.*.norm.epsilon`.
+A path into a block has no prefix here (`mixer.heads`, `norm.epsilon`); fates put the kind of block before it.
 """
 
 from collections.abc import Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
+from gearshift.formats.layers import BlockKind
 from gearshift.spec import MIXERS, MLPS, BlockSpec, DecoderSpec, ModelSpec, Spec
 
-LAYER = "layer."
 _LAYOUT = ("pattern", "blocks")
-"""What lays blocks out: a family says it by having layers, not by a key."""
+"""What lays blocks out: a family says it by its layers, not by a key."""
+_PARTS = ("mixer", "mlp")
 
 
-def leaves(mixer: str, mlp: str) -> tuple[str, ...]:
-    """The paths of all leaves of models whose blocks have a mixer and an MLP of these kinds."""
+def model_leaves() -> tuple[str, ...]:
+    """The paths of all leaves outside the blocks."""
     model = [path for path in _walk(ModelSpec, "") if not path.startswith("decoder.")]
-    decoder = [f"decoder.{name}" for name in DecoderSpec.model_fields if name not in _LAYOUT]
-    block = [path for path in _walk(BlockSpec, LAYER) if path not in (f"{LAYER}mixer", f"{LAYER}mlp")]
-    parts = [*_walk(MIXERS[mixer].spec, f"{LAYER}mixer."), *_walk(MLPS[mlp].spec, f"{LAYER}mlp.")]
-    return (*model, *decoder, *block, *parts)
+    return (*model, *(f"decoder.{name}" for name in DecoderSpec.model_fields if name not in _LAYOUT))
+
+
+def block_leaves(kind: BlockKind) -> tuple[str, ...]:
+    """The paths of all leaves of a block of this kind."""
+    block = [path for path in _walk(BlockSpec, "") if path not in _PARTS]
+    return (*block, *_walk(MIXERS[kind.mixer].spec, "mixer."), *_walk(MLPS[kind.mlp].spec, "mlp."))
 
 
 def _walk(spec: type[Spec], prefix: str) -> Iterator[str]:
     for name, field in spec.model_fields.items():
         below = _spec_in(field.annotation)
         # A mixer and an MLP are annotated by their base class: what they hold depends on their kind.
-        if below is None or f"{prefix}{name}" in (f"{LAYER}mixer", f"{LAYER}mlp"):
+        if below is None or f"{prefix}{name}" in _PARTS:
             yield f"{prefix}{name}"
         else:
             yield from _walk(below, f"{prefix}{name}.")
@@ -62,12 +66,27 @@ def set_at(tree: dict[str, Any], path: str, value: Any) -> None:
     tree[last] = value
 
 
+def difference(one: Any, other: Any, path: str = "") -> str | None:
+    """The path of the first leaf in which two dumped specs differ, None if they are equal."""
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
+        return None if one == other else path
+    for name in dict.fromkeys((*one, *other)):
+        below = f"{path}.{name}".removeprefix(".")
+        if found := difference(one.get(name), other.get(name), below):
+            return found
+    return None
+
+
 def flatten(tree: Mapping[str, Any], nested: frozenset[str]) -> dict[str, Any]:
-    """`tree` with the dictionaries under the keys `nested` spread out: {"a": {"b": 1}} -> {"a.b": 1}."""
+    """`tree` with the dictionaries under the keys `nested` spread out: {"a": {"b": 1}} -> {"a.b": 1}.
+
+    Keys may be nested in nested ones (`a.b`).
+    """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if key in nested and isinstance(value, Mapping):
-            flat |= {f"{key}.{name}": below for name, below in value.items()}
+            inner = frozenset(name.removeprefix(f"{key}.") for name in nested if name.startswith(f"{key}."))
+            flat |= {f"{key}.{name}": below for name, below in flatten(value, inner).items()}
         else:
             flat[key] = value
     return flat

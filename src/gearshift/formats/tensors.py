@@ -1,21 +1,43 @@
 """Tensor names, theirs and ours, as templates: written once, read as a plan in either direction."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
+from itertools import combinations
 from typing import Any, Protocol
 
 from gearshift.formats.leaves import value_at
-from gearshift.plan import Discard, Expression, Permute, Plan, Reference, Reshape, Schema, TensorInfo, references
+from gearshift.plan import (
+    Concatenate,
+    Discard,
+    Expression,
+    Permute,
+    Plan,
+    Reference,
+    Reshape,
+    Schema,
+    Slice,
+    Stack,
+    TensorInfo,
+    infer,
+)
 from gearshift.spec import BlockSpec, ModelSpec
 
 KEY = "{layer}"
+EXPERT = "{expert}"
+
+Placed = tuple[Schema, Mapping[str, Expression]]
+"""Tensors of theirs, and ours as expressions over them."""
 
 
 class Layout(Protocol):
-    """How a family lays out a tensor's elements: a bijection that keeps the shape."""
+    """How a family lays out a tensor's elements: a bijection."""
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of their tensor, where ours is `shape`."""
+        ...
 
     def read(self, theirs: Expression, shape: tuple[int, ...], block: BlockSpec) -> Expression:
         """Our tensor of `shape` from theirs."""
@@ -29,6 +51,9 @@ class RotaryPairs:
     heads: str
     """The leaf of the block that says how many heads there are."""
 
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
     def read(self, theirs: Expression, shape: tuple[int, ...], block: BlockSpec) -> Expression:
         heads = value_at(block, self.heads)
         pairs = Reshape(theirs, (heads, shape[0] // heads // 2, 2, *shape[1:]))
@@ -37,19 +62,109 @@ class RotaryPairs:
 
 
 @dataclass(frozen=True)
+class Shaped:
+    """The same elements in the same order under another shape: -1 stands for what is left."""
+
+    theirs: tuple[int, ...]
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        known = math.prod(size for size in self.theirs if size != -1)
+        return tuple(math.prod(shape) // known if size == -1 else size for size in self.theirs)
+
+    def read(self, theirs: Expression, shape: tuple[int, ...], block: BlockSpec) -> Expression:
+        return Reshape(theirs, shape)
+
+
+class Template(Protocol):
+    """Some of our tensors and those of theirs that hold them; `{layer}` in a name stands for the layer's number."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of block that it is for; empty for all."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of ours."""
+        ...
+
+    def place(self, ours: Mapping[str, TensorInfo], layer: str, block: BlockSpec | None) -> Placed:
+        """Of the tensors `ours`, all of `names`: theirs, and ours as expressions over them."""
+        ...
+
+
+@dataclass(frozen=True)
 class Weight:
-    """One tensor under our name and under theirs; `{layer}` stands for the layer's number."""
+    """One tensor under our name and under theirs."""
 
     ours: str
     theirs: str
     layout: Layout | None = None
+    kinds: tuple[str, ...] = ()
 
-    def read(self, theirs: str, shape: tuple[int, ...], block: BlockSpec | None) -> Expression:
-        """Our tensor as an expression over theirs."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.ours,)
+
+    def place(self, ours: Mapping[str, TensorInfo], layer: str, block: BlockSpec | None) -> Placed:
+        ((name, info),) = ours.items()
+        theirs = self.theirs.replace(KEY, layer)
         if self.layout is None:
-            return Reference(theirs)
+            return {theirs: info}, {name: Reference(theirs)}
         assert block is not None, f"{self.ours}: only a layer's tensor can have a layout"
-        return self.layout.read(Reference(theirs), shape, block)
+        source = TensorInfo(self.layout.shape(info.shape), info.dtype)
+        return {theirs: source}, {name: self.layout.read(Reference(theirs), info.shape, block)}
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Several tensors of ours, one after another along `dim` in one of theirs."""
+
+    ours: tuple[str, ...]
+    theirs: str
+    dim: int = 0
+    kinds: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.ours
+
+    def place(self, ours: Mapping[str, TensorInfo], layer: str, block: BlockSpec | None) -> Placed:
+        theirs = self.theirs.replace(KEY, layer)
+        start, made = 0, {}
+        for name, info in ours.items():
+            stop = start + info.shape[self.dim]
+            made[name] = Slice(Reference(theirs), self.dim, start, stop)
+            start = stop
+        first = next(iter(ours.values()))
+        shape = (*first.shape[: self.dim], start, *first.shape[self.dim + 1 :])
+        return {theirs: TensorInfo(shape, first.dtype)}, made
+
+
+@dataclass(frozen=True)
+class Experts:
+    """One tensor of ours, [experts, ...]: of each expert some of theirs (`{expert}`), one after another."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.ours,)
+
+    def place(self, ours: Mapping[str, TensorInfo], layer: str, block: BlockSpec | None) -> Placed:
+        ((name, info),) = ours.items()
+        experts, rows, *rest = info.shape
+        part = TensorInfo((rows // len(self.theirs), *rest), info.dtype)
+        source: dict[str, TensorInfo] = {}
+        stacked: list[Expression] = []
+        for expert in range(experts):
+            names = [theirs.replace(KEY, layer).replace(EXPERT, str(expert)) for theirs in self.theirs]
+            source |= dict.fromkeys(names, part)
+            parts = tuple(Reference(theirs) for theirs in names)
+            stacked.append(parts[0] if len(parts) == 1 else Concatenate(parts, 0))
+        return source, {name: Stack(tuple(stacked), 0)}
 
 
 @dataclass(frozen=True)
@@ -65,7 +180,7 @@ class Junk:
 class Tensors:
     """Every tensor of a family. Raises ValueError where a name stands for two tensors."""
 
-    weights: tuple[Weight, ...]
+    weights: tuple[Template, ...]
     junk: tuple[Junk, ...] = ()
     embedding: str = "model.embed_tokens.weight"
     """Our name of what a tied head repeats."""
@@ -73,46 +188,48 @@ class Tensors:
     """Our name of the head."""
 
     def __post_init__(self) -> None:
-        for side in ("ours", "theirs"):
-            names = [getattr(weight, side) for weight in self.weights]
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise ValueError(f"two tensor templates have the name {twice[0]!r}")
-
-    @cached_property
-    def _patterns(self) -> list[tuple[re.Pattern[str], Weight]]:
-        def pattern(template: str) -> str:
-            return re.escape(template).replace(re.escape(KEY), "([^.]+)")
-
-        return [(re.compile(pattern(weight.ours)), weight) for weight in self.weights]
+        for one, other in combinations(self.weights, 2):
+            if one.kinds and other.kinds and not set(one.kinds) & set(other.kinds):
+                continue
+            for twice in {*one.names, *_theirs(one)} & {*other.names, *_theirs(other)}:
+                if (twice in one.names and twice in other.names) or (twice in _theirs(one) and twice in _theirs(other)):
+                    raise ValueError(f"two tensor templates have the name {twice!r}")
 
     def their_name(self, ours: str) -> str | None:
         """Their name of one of our tensors outside the layers, None if they have none."""
-        return next((weight.theirs for weight in self.weights if weight.ours == ours), None)
+        return next(
+            (weight.theirs for weight in self.weights if isinstance(weight, Weight) and weight.ours == ours), None
+        )
 
-    def plan(self, spec: ModelSpec, target: Schema) -> Plan:
-        """The bijection from their tensors to our `target`, which is `spec`'s. ValueError for a tensor they lack."""
-        blocks = dict(zip(spec.decoder.weight_keys, spec.decoder.layers, strict=True))
+    def plan(self, spec: ModelSpec, target: Schema, kinds: Mapping[str, str]) -> Plan:
+        """The bijection from their tensors to our `target`, which is `spec`'s. ValueError for a tensor they lack.
+
+        `kinds` is the kind of each block, by the block's name.
+        """
         source: dict[str, TensorInfo] = {}
-        expressions: dict[str, Expression] = {}
-        for name, info in target.items():
-            weight, key = self._find(name)
-            theirs = weight.theirs if key is None else weight.theirs.replace(KEY, key)
-            source[theirs] = info
-            expressions[name] = weight.read(theirs, info.shape, None if key is None else blocks[key])
-        return Plan(source, target, expressions)
+        made: dict[str, Expression] = {}
+        layers = zip(spec.decoder.weight_keys, spec.decoder.layout, strict=True)
+        places = [("", None), *dict(layers).items()]
+        for layer, name in places:
+            block = None if name is None else spec.decoder.blocks[name]
+            for template in self.weights:
+                if (KEY in template.names[0]) != (name is not None) or (name and not _is_for(template, kinds[name])):
+                    continue
+                names = [ours.replace(KEY, layer) for ours in template.names]
+                if all(ours in target for ours in names):
+                    theirs, expressions = template.place({ours: target[ours] for ours in names}, layer, block)
+                    source |= theirs
+                    made |= expressions
+        if missing := [name for name in target if name not in made]:
+            raise ValueError(f"the format has no tensor for {missing[0]!r}: a template for it is missing")
+        return Plan(source, target, {name: made[name] for name in target})
 
-    def _find(self, name: str) -> tuple[Weight, str | None]:
-        for pattern, weight in self._patterns:
-            if match := pattern.fullmatch(name):
-                return weight, match[1] if pattern.groups else None
-        raise ValueError(f"the format has no tensor for {name!r}: a template for it is missing")
-
-    def import_plan(self, spec: ModelSpec, target: Schema, source: Schema) -> Plan:
+    def import_plan(self, spec: ModelSpec, target: Schema, source: Schema, kinds: Mapping[str, str]) -> Plan:
         """The plan from a checkpoint that holds `source` to our `target`, every tensor keeping its dtype.
 
         Raises ValueError for a missing, a misshapen or an extra tensor.
         """
-        plan = self.plan(spec, target)
+        plan = self.plan(spec, target, kinds)
         expressions = dict(plan.expressions)
         wanted = dict(plan.source)
         embedding, head = self.their_name(self.embedding), self.their_name(self.head)
@@ -122,10 +239,7 @@ class Tensors:
             expressions[self.embedding] = Reference(head)
         check_present(wanted, source)
         discards = tuple(self._discards(spec, wanted, source))
-        kept = {
-            name: TensorInfo(info.shape, source[next(references(expressions[name]))].dtype)
-            for name, info in target.items()
-        }
+        kept = {name: infer(expressions[name], source) for name in target}
         return Plan(source, kept, expressions, discards)
 
     def tied_copy(self, spec: ModelSpec, source: Schema) -> tuple[str, str] | None:
@@ -148,6 +262,15 @@ class Tensors:
                     f"the checkpoint holds a tensor {name!r} that its config has no place for{_nearest(name, wanted)}"
                 )
             yield Discard(name, reasons[0])
+
+
+def _theirs(template: Template) -> tuple[str, ...]:
+    theirs = getattr(template, "theirs", ())
+    return (theirs,) if isinstance(theirs, str) else tuple(theirs)
+
+
+def _is_for(template: Template, kind: str) -> bool:
+    return not template.kinds or kind in template.kinds
 
 
 def check_present(wanted: Schema, source: Schema) -> None:

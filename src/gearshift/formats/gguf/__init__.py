@@ -1,7 +1,9 @@
 """GGUF files of the llama architecture, in only. The metadata is the config, under llama.cpp's keys."""
 
-from gearshift.formats.base import FamilyFormat
+from gearshift.formats.common import PLAIN_ATTENTION, PLAIN_BLOCK, PLAIN_MODEL
+from gearshift.formats.family import FamilyFormat
 from gearshift.formats.fates import Carried, Constant, Derived, Fixed, Mapped, mapped
+from gearshift.formats.layers import BlockKind
 from gearshift.formats.tensors import Junk, RotaryPairs, Tensors, Weight
 
 ARCHITECTURE = "llama"
@@ -28,8 +30,7 @@ _IGNORED = ("general.", "tokenizer.", "quantize.", "split.tensors")
 FORMAT = FamilyFormat(
     name="gguf",
     writable=False,
-    mixer="attention",
-    mlp="gated",
+    blocks={"layer": BlockKind("attention")},
     ignored=lambda key: key.startswith(_IGNORED),
     fates=(
         mapped("llama.vocab_size", "vocab_size"),
@@ -71,12 +72,13 @@ FORMAT = FamilyFormat(
         Carried("tokenizer.ggml.bos_token_id", "bos_token_id"),
         Carried("tokenizer.ggml.eos_token_id", "eos_token_id"),
         Carried("tokenizer.ggml.padding_token_id", "pad_token_id"),
-        Fixed("final_norm.type", "rms_norm"),
-        Fixed("layer.norm.type", "rms_norm"),
         Fixed("layer.mixer.type", "attention"),
         Fixed("layer.mlp.type", "gated"),
+        Fixed("layer.mixer.rotary.share", 1.0),
         Fixed("layer.mlp.activation", "silu"),
-        Fixed("layer.shared_weights", False),
+        *PLAIN_MODEL,
+        *PLAIN_BLOCK,
+        *PLAIN_ATTENTION,
     ),
     tensors=Tensors(
         weights=(

@@ -1,8 +1,20 @@
 """Llama and the many models that are Llamas by architecture (SmolLM2, TinyLlama, Yi, DeepSeek LLM, ...)."""
 
-from gearshift.formats.base import FamilyFormat
-from gearshift.formats.families import ALIASES, ANY_MODEL, ATTENTION, DECODER, LLAMA_TENSORS, ROTARY, ROTARY_NESTED
+from gearshift.formats.common import (
+    ALIASES,
+    ANY_MODEL,
+    ATTENTION,
+    DECODER,
+    LLAMA_TENSORS,
+    PLAIN_ATTENTION,
+    PLAIN_BLOCK,
+    PLAIN_MODEL,
+    ROTARY,
+    ROTARY_NESTED,
+)
+from gearshift.formats.family import FamilyFormat
 from gearshift.formats.fates import Carried, Constant, Fixed, mapped
+from gearshift.formats.layers import BlockKind
 
 FORMAT = FamilyFormat(
     name="llama",
@@ -10,13 +22,15 @@ FORMAT = FamilyFormat(
     config_class="transformers.models.llama.configuration_llama:LlamaConfig",
     nested=ROTARY_NESTED,
     aliases=ALIASES,
-    mixer="attention",
-    mlp="gated",
+    blocks={"layer": BlockKind("attention")},
     fates=(
         *ANY_MODEL,
         *DECODER,
         *ATTENTION,
         *ROTARY,
+        *PLAIN_MODEL,
+        *PLAIN_BLOCK,
+        *PLAIN_ATTENTION,
         Constant("architectures", ["LlamaForCausalLM"], same=(None,)),
         mapped("attention_bias", "layer.mixer.qkv_bias", "layer.mixer.output_bias"),
         mapped("mlp_bias", "layer.mlp.bias"),

@@ -1,8 +1,20 @@
 """Mistral 7B and its relatives: Llama with one window for all layers, and no biases."""
 
-from gearshift.formats.base import FamilyFormat
-from gearshift.formats.families import ALIASES, ANY_MODEL, ATTENTION, DECODER, LLAMA_TENSORS, ROTARY, ROTARY_NESTED
+from gearshift.formats.common import (
+    ALIASES,
+    ANY_MODEL,
+    ATTENTION,
+    DECODER,
+    LLAMA_TENSORS,
+    PLAIN_ATTENTION,
+    PLAIN_BLOCK,
+    PLAIN_MODEL,
+    ROTARY,
+    ROTARY_NESTED,
+)
+from gearshift.formats.family import FamilyFormat
 from gearshift.formats.fates import Constant, Fixed, mapped
+from gearshift.formats.layers import BlockKind
 
 FORMAT = FamilyFormat(
     name="mistral",
@@ -10,13 +22,15 @@ FORMAT = FamilyFormat(
     config_class="transformers.models.mistral.configuration_mistral:MistralConfig",
     nested=ROTARY_NESTED,
     aliases=ALIASES,
-    mixer="attention",
-    mlp="gated",
+    blocks={"layer": BlockKind("attention")},
     fates=(
         *ANY_MODEL,
         *DECODER,
         *ATTENTION,
         *ROTARY,
+        *PLAIN_MODEL,
+        *PLAIN_BLOCK,
+        *PLAIN_ATTENTION,
         Constant("architectures", ["MistralForCausalLM"], same=(None,)),
         mapped("sliding_window", "layer.mixer.window"),
         Fixed("layer.mixer.qkv_bias", False),

@@ -40,12 +40,33 @@ DECODER: tuple[Fate, ...] = (
     mapped("hidden_act", "layer.mlp.activation"),
     Carried("initializer_range"),
     Carried("use_cache"),
-    Fixed("final_norm.type", "rms_norm"),
-    Fixed("layer.norm.type", "rms_norm"),
     Fixed("layer.mlp.type", "gated"),
+)
+"""A decoder with gated MLPs."""
+
+PLAIN_MODEL: tuple[Fate, ...] = (
+    Fixed("scale_embeddings", False),
+    Fixed("logit_softcap", None),
+    Fixed("final_norm.type", "rms_norm"),
+    Fixed("final_norm.zero_centered", False),
+)
+"""What few families do outside the blocks."""
+
+PLAIN_BLOCK: tuple[Fate, ...] = (
+    Fixed("layer.norm.type", "rms_norm"),
+    Fixed("layer.norm.zero_centered", False),
+    Fixed("layer.norm_placement", "before"),
     Fixed("layer.shared_weights", False),
 )
-"""A decoder of blocks with RMS norms and gated MLPs."""
+"""What few families do in a block."""
+
+PLAIN_ATTENTION: tuple[Fate, ...] = (
+    Fixed("layer.mixer.causal", True),
+    Fixed("layer.mixer.qk_norm", None),
+    Fixed("layer.mixer.qk_norm_across_heads", False),
+    Fixed("layer.mixer.scale_dim", None),
+)
+"""What few families do in attention."""
 
 ATTENTION: tuple[Fate, ...] = (
     mapped("num_attention_heads", "layer.mixer.heads"),
@@ -77,6 +98,7 @@ ROTARY: tuple[Fate, ...] = (
         )
     ),
     Constant("rope_parameters.partial_rotary_factor", 1.0, same=(None,), write=False),
+    Fixed("layer.mixer.rotary.share", 1.0),
     Constant("rope_parameters.mrope_section", None, write=False),
 )
 """Rotary positions on all channels of a head."""

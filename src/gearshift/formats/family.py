@@ -1,0 +1,89 @@
+"""The format that most families are: a table of fates for the config, and one of templates for the tensors."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from gearshift.formats.base import Format
+from gearshift.formats.fates import RUNTIME_ONLY, Fate
+from gearshift.formats.layers import BlockKind, LayerFate
+from gearshift.formats.leaves import difference
+from gearshift.formats.native import NativeConfig
+from gearshift.formats.read_config import Reader
+from gearshift.formats.table import FateTable
+from gearshift.formats.tensors import Tensors
+from gearshift.formats.write_config import Writer
+from gearshift.plan import Plan, Schema
+from gearshift.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class FamilyFormat(Format):
+    """A family whose layers each have one of a few kinds of block.
+
+    Building one checks that every key of the family's config class and every leaf of our spec has exactly one fate;
+    ValueError with the first that has none, or two.
+    """
+
+    name: str
+    blocks: Mapping[str, BlockKind]
+    """The kinds of block by name. A block is of the first kind whose types and own `Fixed` leaves it has."""
+    fates: tuple[Fate, ...]
+    tensors: Tensors
+    layers: tuple[LayerFate, ...] = ()
+    """The keys that say which kind each layer has; none where there is one kind."""
+    model_type: str | None = None
+    config_class: str | None = None
+    """The family's transformers config class, `module:attribute`: it says which keys there are, and their defaults."""
+    nested: Mapping[str, str | None] = field(default_factory=dict)
+    """Keys that hold mappings of keys: key -> the TypedDict, `module:attribute`, that says which, or None."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Keys of older layouts that the config class translates: alias -> key."""
+    writable: bool = True
+    ignored: Callable[[str], bool] = RUNTIME_ONLY.__contains__
+    """Whether a key says nothing of the model."""
+
+    def __post_init__(self) -> None:
+        assert self._table  # building it checks the fates
+
+    @cached_property
+    def _table(self) -> FateTable:
+        return FateTable(self.name, self.blocks, self.fates, self.layers, self.config_class, self.nested, self.ignored)
+
+    @property
+    def _writer(self) -> Writer:
+        return Writer(self._table, self.model_type)
+
+    def to_native(self, raw: Mapping[str, Any]) -> NativeConfig:
+        return Reader(self._table, self.aliases).read(raw)
+
+    def express(self, native: NativeConfig) -> dict[str, Any]:
+        if not self.writable:
+            raise self._writer.refusal("it is read, never written")
+        config = self._writer.write(native)
+        self._check_read_back(config, native.spec)
+        return dict(sorted(config.items()))
+
+    def _check_read_back(self, config: Mapping[str, Any], spec: ModelSpec) -> None:
+        """What we wrote must be read as what we had: the family's class may have rules of its own."""
+        try:
+            again = self.to_native(config).spec
+        except ValueError as error:
+            raise self._writer.refusal(str(error)) from None
+        outside = {"decoder": {"blocks", "pattern"}}
+        pairs = [(spec.model_dump(exclude=outside), again.model_dump(exclude=outside))]
+        layers = zip(spec.decoder.layers, again.decoder.layers, strict=False)
+        pairs += [(ours.model_dump(), theirs.model_dump()) for ours, theirs in layers]
+        for ours, theirs in pairs:
+            if path := difference(ours, theirs):
+                raise self._writer.refusal(f"{path} would be read back otherwise than it is")
+
+    def plan(self, spec: ModelSpec, target: Schema) -> Plan:
+        return self.tensors.plan(spec, target, self._writer.kinds(spec))
+
+    def import_plan(self, spec: ModelSpec, target: Schema, source: Schema) -> Plan:
+        return self.tensors.import_plan(spec, target, source, self._writer.kinds(spec))
+
+    def tied_copy(self, spec: ModelSpec, source: Schema) -> tuple[str, str] | None:
+        return self.tensors.tied_copy(spec, source)
