@@ -64,17 +64,17 @@ def convert(
 @app.command(cls=Command)
 def info(
     model: Model,
-    resolved: Annotated[bool, typer.Option("--resolved", help="Print the complete, explicit config.")] = False,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Print the complete, explicit config as YAML.")] = False,
 ) -> None:
     """Show what is in a checkpoint: blocks, pattern, parameters, state, presets."""
+    from gearshift import inspect
     from gearshift.formats import open_checkpoint
-    from gearshift.inspect import summary
 
     checkpoint = open_checkpoint(model)
     if resolved:
-        print(json.dumps(checkpoint.native.to_json_dict(), indent=2))
+        print(inspect.resolved(checkpoint.native), end="")
     else:
-        out.print(summary(checkpoint))
+        out.print(inspect.summary(checkpoint), soft_wrap=False)
 
 
 @app.command(cls=Command)

@@ -1,32 +1,56 @@
 """What is in a checkpoint, at a glance."""
 
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
+from typing import Any
 
+import yaml
+from pydantic import BaseModel
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from gearshift.formats import Checkpoint, NativeConfig
-from gearshift.model.schema import parameter_counts, schema
-from gearshift.spec import MixerSpec, ModelSpec, Placement, StochasticMixerSpec
+from gearshift.model.schema import cost_table, parameter_counts, schema
+from gearshift.spec import MixerSpec, ModelSpec, Placement, StateTensor, StochasticMixerSpec
 
-CONTEXT = 8192
+_MOST_PRESETS = 6
+_MOST_ITEMS = 4
+_SHOWN_ELSEWHERE = ("vocab_size", "hidden_size", "max_positions", "tie_embeddings", "decoder")
 
 
 def summary(checkpoint: Checkpoint) -> RenderableType:
-    """A checkpoint as a person takes it in: sizes, each block once, the pattern, the presets."""
+    """A checkpoint as a person takes it in: sizes, the pattern, each block once, the presets."""
     native = checkpoint.native
-    spec = native.spec
-    parts: list[RenderableType] = [_heading(checkpoint), Text(f"pattern     {pattern(spec)}")]
-    parts += [_block(name, native) for name in spec.decoder.blocks]
-    parts.append(_placements(native))
-    return Group(*parts)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column("\nblock", no_wrap=True)
+    for header in ("\nparams", "state a\ntoken", "state a\nsequence"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for row in _blocks(native):
+        table.add_row(*row)
+    table.add_row()
+    table.add_row(Text("placement", style="dim"), "", "", "", Text("cost of a token at 8k, layers", style="dim"))
+    for row in _placements(native):
+        table.add_row(*row)
+    return Group(_heading(checkpoint), "", table)
+
+
+def resolved(native: NativeConfig) -> str:
+    """The complete, explicit config as YAML; lists of plain values stand on one line."""
+    return yaml.dump(native.to_json_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def pattern(spec: ModelSpec) -> str:
-    """The layers' blocks, run-length encoded."""
-    runs = ((name, len(list(run))) for name, run in groupby(spec.decoder.layout))
-    return ", ".join(name if count == 1 else f"{name} x {count}" for name, count in runs)
+    """The layers' blocks, run-length encoded, a repeated pattern as such: `4 x (local x 5, global), local x 2`."""
+    layout = spec.decoder.layout
+    period = next(size for size in range(1, len(layout) + 1) if all(map(str.__eq__, layout, layout[size:])))
+    repeats = len(layout) // period
+    if repeats == 1 or period == 1:
+        return _runs(layout)
+    rest = layout[repeats * period :]
+    return f"{repeats} x ({_runs(layout[:period])})" + (f", {_runs(rest)}" if rest else "")
 
 
 def active_parameters(spec: ModelSpec, placement: Placement) -> int:
@@ -41,73 +65,181 @@ def active_parameters(spec: ModelSpec, placement: Placement) -> int:
     return everything - sum(counts[block, mixer] for _, block, mixer in offered - chosen)
 
 
-def _heading(checkpoint: Checkpoint) -> Text:
+def describe_settings(spec: BaseModel) -> str:
+    """The kind and the settings that are not at their defaults, in one line: `attention: heads 9, window 128`."""
+    settings = ", ".join(_settings(spec, _defaults(spec)))
+    kind = getattr(spec, "type", "")
+    return f"{kind}: {settings}" if kind and settings else kind or settings
+
+
+def _heading(checkpoint: Checkpoint) -> Table:
     native, spec = checkpoint.native, checkpoint.native.spec
-    tensors = schema(spec, native.dtype).values()
-    total, size = sum(info.elements for info in tensors), sum(info.bytes for info in tensors)
-    lines = [
-        f"{checkpoint.path}  ({checkpoint.format.name}, {native.dtype})",
-        *([f"from        {_source(native)}"] if native.source else []),
-        f"layers      {spec.decoder.num_layers}, hidden {spec.hidden_size:,}, vocabulary {spec.vocab_size:,}"
-        f"{', tied embeddings' if spec.tie_embeddings else ''}, context {spec.max_positions:,}",
-        f"parameters  {total:,} ({_size(size)}), {active_parameters(spec, spec.main):,} active under main",
-    ]
-    return Text("\n".join(lines))
-
-
-def _source(native: NativeConfig) -> str:
-    return ", ".join(f"{key}: {value}" for key, value in native.source.items())
-
-
-def _block(name: str, native: NativeConfig) -> Table:
-    spec, block = native.spec, native.spec.decoder.blocks[name]
-    counts, _ = parameter_counts(spec)
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left", title_style="bold")
-    shared = ", one set of weights" if block.shared_weights else ""
-    table.title = f"block {name} ({spec.decoder.layout.count(name)} layers{shared}), MLP {describe_settings(block.mlp)}"
-    for column in ("mixer", "settings", "parameters", "state a token", "state a sequence"):
-        table.add_column(column, justify="left" if column in ("mixer", "settings") else "right")
-    main = block.main if isinstance(block.mixer, StochasticMixerSpec) else None
-    for mixer_name, mixer in block.mixers.items():
-        grows = sum(t.bytes(1, native.dtype) for t in mixer.state() if t.grows and t.max_tokens is None)
-        fixed = sum(t.bytes(10**9, native.dtype) for t in mixer.state() if not t.grows or t.max_tokens is not None)
-        label = f"{mixer_name} (main)" if mixer_name == main else mixer_name
-        table.add_row(label, describe_settings(mixer), f"{counts[name, mixer_name]:,}", _size(grows), _size(fixed))
+    total = sum(info.elements for info in checkpoint.schema.values())
+    size = _size(sum(info.bytes for info in checkpoint.schema.values()))
+    active = f", {active_parameters(spec, spec.main):,} of them under main" if spec.is_supernet else ""
+    model = [f"hidden {spec.hidden_size:,}", f"vocabulary {spec.vocab_size:,}", f"context {spec.max_positions:,}"]
+    model += ["tied embeddings"] if spec.tie_embeddings else []
+    model += _settings(spec, _defaults(spec), _SHOWN_ELSEWHERE)
+    lines = {
+        "model": f"{checkpoint.path} ({checkpoint.format.name}, {native.dtype}, {size})",
+        "from": ", ".join(f"{key}: {value}" for key, value in native.source.items()),
+        "sizes": ", ".join(model),
+        "parameters": f"{total:,}{active}",
+        "layers": f"{spec.decoder.num_layers}: {pattern(spec)}",
+    }
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in lines.items():
+        if value:
+            table.add_row(name, Text(value))
     return table
 
 
-def _placements(native: NativeConfig) -> Table:
+def _blocks(native: NativeConfig) -> Iterator[tuple[RenderableType, ...]]:
+    """For each block a row, and a row for each of its mixers; those that an earlier block has as well share one."""
     spec = native.spec
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left", title_style="bold")
-    table.title = "presets" if native.presets else "no presets; under main:"
-    for column in ("name", "parameters", f"state at {CONTEXT:,} tokens", "placement"):
-        table.add_column(column, justify="left" if column in ("name", "placement") else "right")
-    for name, placement in {"main": spec.main, **native.presets}.items():
-        label = f"{name} (default)" if name == native.default_preset else name
-        state = _size(spec.state_bytes(placement, CONTEXT, native.dtype))
-        table.add_row(label, f"{active_parameters(spec, placement):,}", state, str(placement))
-    return table
+    counts, _ = parameter_counts(spec)
+    seen: dict[tuple[str, MixerSpec], str] = {}
+    for name, block in spec.decoder.blocks.items():
+        layers = spec.decoder.layout.count(name)
+        notes = [f"{layers} layer{'s' if layers > 1 else ''}"]
+        notes += ["one set of weights"] if block.shared_weights else []
+        notes += [f"MLP {describe_settings(block.mlp)}"]
+        notes += _settings(block, _defaults(block), ("mixer", "mlp", "shared_weights"))
+        yield Text(name, style="bold"), _count(_beside_mixers(spec, name)), "", "", Text(", ".join(notes))
+        repeated: dict[str, list[str]] = {}
+        for mixer_name, mixer in block.mixers.items():
+            is_main = isinstance(block.mixer, StochasticMixerSpec) and mixer_name == block.main
+            label = f"{mixer_name} (main)" if is_main else mixer_name
+            if (earlier := seen.get((mixer_name, mixer), name)) != name:
+                repeated.setdefault(earlier, []).append(label)
+                continue
+            settings = _mixer_settings(mixer_name, mixer, name, seen)
+            seen[mixer_name, mixer] = name
+            token, sequence = _state_sizes(mixer.state(), native.dtype)
+            yield f"  {label}", _count(counts[name, mixer_name]), _size(token), _size(sequence), Text(settings)
+        for earlier, labels in repeated.items():
+            yield f"  as in {earlier}", "", "", "", Text(", ".join(labels))
 
 
-def describe_settings(spec: MixerSpec | object) -> str:
-    """The settings that are not at their defaults, in one line."""
-    fields = type(spec).model_fields  # type: ignore[attr-defined]
-    shown = [getattr(spec, "type", "")]
-    for name, field in fields.items():
+def _mixer_settings(name: str, mixer: MixerSpec, block: str, seen: Mapping[tuple[str, MixerSpec], str]) -> str:
+    """A mixer's settings, or where that is shorter how they differ from those of one that was `seen` in a block."""
+    ways = [", ".join(_settings(mixer, _defaults(mixer))) if name == mixer.type else describe_settings(mixer)]
+    for (other_name, other), where in seen.items():
+        if other.type == mixer.type:
+            changes = ", ".join(_settings(mixer, other.model_dump()))
+            relative = other_name if where == block else f"{other_name} of {where}"
+            ways.append(f"as {relative}, but {changes}" if changes else f"as {relative}")
+    return min(ways, key=len)
+
+
+def _placements(native: NativeConfig) -> Iterator[tuple[RenderableType, ...]]:
+    """A row for all-main and for each preset: what it holds, keeps and costs, and how many layers run each mixer."""
+    spec = native.spec
+    costs = cost_table(spec, native.dtype)
+    named = {"main": spec.main, **native.presets}
+    for name, placement in list(named.items())[: _MOST_PRESETS + 1]:
+        label = f"{name} (default)" if name == (native.default_preset or "main") else name
+        states = [tensor for layer in spec.state(placement) for tensor in layer]
+        token, sequence = _state_sizes(states, native.dtype)
+        layers = ", ".join(f"{mixer} {count}" for mixer, count in Counter(placement).most_common())
+        share = costs.of(placement) / costs.of(spec.main)
+        parameters = _count(active_parameters(spec, placement))
+        yield label, parameters, _size(token), _size(sequence), Text(f"{100 * share:.0f} %, {layers}")
+    if rest := list(named)[_MOST_PRESETS + 1 :]:
+        yield f"and {len(rest)} more", "", "", "", Text(", ".join(rest))
+
+
+def _state_sizes(states: Iterable[StateTensor], dtype: str) -> tuple[int, int]:
+    """Bytes that each token adds for good, and the most bytes that a sequence of any length keeps beside them."""
+    tensors = list(states)
+    endless = [tensor for tensor in tensors if tensor.grows and tensor.max_tokens is None]
+    bounded = [tensor for tensor in tensors if not tensor.grows or tensor.max_tokens is not None]
+    return sum(t.bytes(1, dtype) for t in endless), sum(t.bytes(t.max_tokens or 0, dtype) for t in bounded)
+
+
+def _beside_mixers(spec: ModelSpec, block: str) -> int:
+    """Parameters of one layer of a block, its mixers left out."""
+    key = spec.decoder.weight_keys[spec.decoder.layout.index(block)]
+    tensors = schema(spec, "float32").items()
+    return sum(
+        info.elements
+        for name, info in tensors
+        if name.startswith(f"model.layers.{key}.") and not name.startswith(f"model.layers.{key}.mixer.")
+    )
+
+
+def _runs(names: Iterable[str]) -> str:
+    runs = ((name, len(list(run))) for name, run in groupby(names))
+    return ", ".join(name if count == 1 else f"{name} x {count}" for name, count in runs)
+
+
+def _defaults(spec: BaseModel) -> dict[str, Any]:
+    fields = type(spec).model_fields
+    values = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
+    return {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in values.items()}
+
+
+def _settings(spec: BaseModel, usual: Mapping[str, Any], without: tuple[str, ...] = ("type",)) -> list[str]:
+    """The settings in which a spec differs from the dumped values `usual`, each in a few words."""
+    words = []
+    for name in type(spec).model_fields:
         value = getattr(spec, name)
-        if name == "type" or value == field.default:
+        dumped = value.model_dump() if isinstance(value, BaseModel) else value
+        if name in without or dumped == usual.get(name, value):
             continue
-        if hasattr(value, "model_fields"):
-            value = f"({describe_settings(value)})"
-        shown.append(f"{name} {value}")
-    return " ".join(shown)
+        words.append(_worded(name, value))
+    return words
+
+
+def _worded(name: str, value: Any) -> str:
+    match value:
+        case True:
+            return name
+        case False | None:
+            return f"no {name}"
+        case BaseModel():
+            kind = [value.type] if getattr(value, "type", None) != _defaults(value).get("type") else []  # type: ignore[attr-defined]
+            inner = ", ".join([*kind, *_settings(value, _defaults(value))])
+            return f"{name} ({inner})" if inner else name
+        case float():
+            return f"{name} {value:g}"
+        case tuple() | list() if len(value) > _MOST_ITEMS:
+            return f"{name} ({len(value)} values)"
+        case _:
+            return f"{name} {value}"
+
+
+def _count(count: int) -> str:
+    """A number of parameters, short."""
+    if count < 10_000:
+        return f"{count:,}"
+    return _scaled(count, (("B", 10**9), ("M", 10**6), ("K", 10**3)))
 
 
 def _size(count: int) -> str:
     """A number of bytes with a unit."""
-    if count == 0:
-        return "0"
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count} B"
+    if count < 1000:
+        return f"{count} B" if count else "0"
+    return _scaled(count, (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)))
+
+
+def _scaled(count: int, units: tuple[tuple[str, int], ...]) -> str:
+    # 999,950 would be shown as 1e+03 of the smaller unit.
+    unit, scale = next((unit, scale) for unit, scale in units if count >= 0.9995 * scale)
+    return f"{count / scale:.3g} {unit}"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML with its lists in flow style."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _flow(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+
+
+_Dumper.add_representer(list, _flow)

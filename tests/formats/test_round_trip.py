@@ -1,110 +1,22 @@
-"""A checkpoint that comes in and goes out again is what it was: every tensor, every config field."""
+"""Configs as they are published, older layouts, and what a native checkpoint keeps."""
 
 import json
 import os
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gearshift.formats import FORMATS, NativeConfig, open_checkpoint
 from gearshift.formats.gearshift import STUB_CODE
 from gearshift.spec import ModelSpec
-from tests.formats.folders import CLASSES, LLAMA3, SIZES, convert, export, save
-
-YARN = {"rope_type": "yarn", "rope_theta": 700.0, "factor": 4.0, "original_max_position_embeddings": 32}
-YARN_EXTRAS = {"beta_fast": 24.0, "beta_slow": 2.0, "mscale": 0.8, "mscale_all_dim": 0.5, "truncate": False}
-ROPES: dict[str, dict[str, Any]] = {
-    "theta": {"rope_type": "default", "rope_theta": 123.0},
-    "linear": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
-    "dynamic": {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 3.0},
-    "yarn": YARN,
-    "yarn, all set": YARN | YARN_EXTRAS | {"attention_factor": 1.25},
-    "longrope": {
-        "rope_type": "longrope",
-        "rope_theta": 1000.0,
-        "short_factor": [1.0, 1.5, 2.0, 2.5],
-        "long_factor": [3.0, 3.5, 4.0, 4.5],
-        "factor": 4.0,
-        "original_max_position_embeddings": 32,
-    },
-    "llama3": LLAMA3,
-}
-COMMON: dict[str, Any] = {
-    "vocab_size": 67,
-    "hidden_size": 48,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 6,
-    "hidden_act": "gelu",
-    "max_position_embeddings": 99,
-    "initializer_range": 0.01,
-    "rms_norm_eps": 1e-3,
-    "use_cache": False,
-    "pad_token_id": 3,
-    "bos_token_id": 4,
-    "eos_token_id": [5, 6],
-    "tie_word_embeddings": True,
-    "dtype": "bfloat16",
-    "id2label": {0: "no", 1: "yes", 2: "maybe"},
-    "label2id": {"no": 0, "yes": 1, "maybe": 2},
-    "problem_type": "regression",
-}
-NULLS = {"bos_token_id": None, "eos_token_id": None}
-SWEEP: list[tuple[str, dict[str, Any]]] = [
-    *((family, {key: value}) for family in CLASSES for key, value in COMMON.items()),
-    *((family, {"rope_parameters": rope}) for family in CLASSES for rope in ROPES.values()),
-    *((family, NULLS) for family in CLASSES),
-    ("llama", {"attention_bias": True}),
-    ("llama", {"mlp_bias": True}),
-    ("llama", {"pretraining_tp": 2}),
-    ("llama", {"num_key_value_heads": None}),
-    ("mistral", {"sliding_window": 7}),
-    ("mistral", {"sliding_window": None}),
-]
-# Constants: any other value must be refused, see test_bad_input. The rest is run-time only, or written by transformers.
-NOT_SWEPT = {
-    "architectures",
-    "attention_dropout",
-    "chunk_size_feed_forward",
-    "is_encoder_decoder",
-    "output_hidden_states",
-    "return_dict",
-    "transformers_version",
-}
-
-
-@pytest.mark.parametrize("family", CLASSES)
-def test_the_sweep_leaves_no_field_out(family: str) -> None:
-    swept = {key for name, settings in SWEEP if name == family for key in settings}
-    assert {field.name for field in fields(CLASSES[family][0])} - NOT_SWEPT <= swept
-
-
-@pytest.mark.parametrize(
-    ("family", "settings"), SWEEP, ids=lambda value: value if isinstance(value, str) else str(value)[:50]
-)
-def test_there_and_back(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
-    save(tmp_path / "source", family, **settings)
-    convert(open_checkpoint(tmp_path / "source"), tmp_path / "native")
-    export(open_checkpoint(tmp_path / "native"), tmp_path / "back", family)
-
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "back"))
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert tensor.dtype == after[name].dtype
-        assert tensor.equal(after[name]), name
-    config_class = CLASSES[family][0]
-    before, after = (config_class.from_pretrained(tmp_path / name).to_dict() for name in ("source", "back"))
-    del before["transformers_version"], after["transformers_version"]
-    assert before == after
+from tests.formats.families import ROPES
+from tests.formats.folders import CLASSES, SIZES, convert, save
 
 
 @pytest.mark.parametrize("rope", ROPES)

@@ -6,6 +6,7 @@ from gearshift.plan import (
     Constant,
     Initialise,
     LastTap,
+    LogIndex,
     LogUniform,
     Normal,
     Permute,
@@ -74,7 +75,8 @@ def test_shapes_and_dtypes_are_inferred(expression, shape, dtype):
         (Repeat(Q, 0, 0), "times is 0"),
         (Cast(Q, "float31"), "unknown dtype 'float31'; known are"),
         (Initialise(Normal(1.0), (2,), "int8"), "int8 cannot hold"),
-        (Initialise(LastTap(0.5), (), "float32"), "at least one dimension"),
+        (Initialise(LastTap(0.5), (), "float32"), "LastTap needs at least one dimension"),
+        (Initialise(LogIndex(), (), "float32"), "LogIndex needs at least one dimension"),
     ],
 )
 def test_what_does_not_fit_is_refused(expression, message):

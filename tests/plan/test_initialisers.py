@@ -10,6 +10,7 @@ from gearshift.plan import (
     Initialise,
     InverseSoftplusLogUniform,
     LastTap,
+    LogIndex,
     LogUniform,
     Normal,
     Plan,
@@ -80,6 +81,8 @@ def test_constants_and_taps():
     assert torch.equal(initialise(Constant(0.5), (), "bfloat16", 0, "w"), torch.tensor(0.5, dtype=torch.bfloat16))
     taps = initialise(LastTap(0.5), (3, 1, 4), "float32", 0, "w")
     assert torch.equal(taps, torch.tensor([0, 0, 0, 0.5]).expand(3, 1, 4))
+    rates = initialise(LogIndex(), (5, 3), "float32", 0, "A_log").exp()
+    torch.testing.assert_close(rates, torch.tensor([1.0, 2.0, 3.0]).expand(5, 3))
 
 
 def test_no_two_draws_of_one_target_are_the_same():

@@ -22,6 +22,8 @@ class Format(ABC):
     """The `model_type` of its `config.json`; None if it has none."""
     writable: bool = True
     """Whether Gearshift exports to it."""
+    kinds: int = 1
+    """How many kinds of block a model of it can have."""
     companions: ClassVar[Mapping[str, str]] = {}
     """Files that a folder of this format needs to be loaded, by name. Most need none."""
 

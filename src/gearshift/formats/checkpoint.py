@@ -142,7 +142,8 @@ def choose_format(native: NativeConfig) -> tuple[Format, str]:
     origin = native.source.get("format")
     families = [name for name in FORMATS if FORMATS[name].writable and FORMATS[name] is not own]
     first_reason = ""
-    for name in sorted(families, key=lambda name: (name != origin, name)):
+    # Of two that can, the one with fewer kinds of block is the older and better known.
+    for name in sorted(families, key=lambda name: (name != origin, FORMATS[name].kinds, name)):
         try:
             FORMATS[name].express(native)
         except InexpressibleError as error:

@@ -1,7 +1,8 @@
 """The fates that families of transformers have in common."""
 
-from gearshift.formats.fates import Carried, Constant, Fate, Fixed, WeightDtype, mapped, optional
-from gearshift.formats.tensors import Junk, Tensors, Weight
+from gearshift.formats.fates import Carried, Constant, Fate, Fixed, WeightDtype, implied, mapped, optional
+from gearshift.formats.layers import BlockKind, LayerTypes
+from gearshift.formats.tensors import Junk, Weight
 
 ROTARY_NESTED = {"rope_parameters": "transformers.modeling_rope_utils:RopeParameters"}
 ALIASES = {
@@ -35,14 +36,20 @@ DECODER: tuple[Fate, ...] = (
     mapped("num_hidden_layers", "decoder.num_layers"),
     mapped("max_position_embeddings", "max_positions"),
     mapped("tie_word_embeddings", "tie_embeddings"),
-    mapped("rms_norm_eps", "final_norm.epsilon", "layer.norm.epsilon"),
-    mapped("intermediate_size", "layer.mlp.intermediate_size"),
-    mapped("hidden_act", "layer.mlp.activation"),
     Carried("initializer_range"),
     Carried("use_cache"),
+)
+"""A decoder with a head."""
+
+NORM_EPSILONS = ("final_norm.epsilon", "layer.norm.epsilon")
+"""What `rms_norm_eps` means where queries and keys have no norm."""
+
+GATED_MLP: tuple[Fate, ...] = (
+    mapped("intermediate_size", "layer.mlp.intermediate_size"),
+    mapped("hidden_act", "layer.mlp.activation"),
     Fixed("layer.mlp.type", "gated"),
 )
-"""A decoder with gated MLPs."""
+"""The same gated MLP in all layers."""
 
 PLAIN_MODEL: tuple[Fate, ...] = (
     Fixed("scale_embeddings", False),
@@ -60,18 +67,46 @@ PLAIN_BLOCK: tuple[Fate, ...] = (
 )
 """What few families do in a block."""
 
+HEAD_DIM = mapped("head_dim", "layer.mixer.head_dim")
+"""Of families whose config class has the key."""
+IMPLIED_HEAD_DIM = implied("head_dim", "layer.mixer.head_dim")
+"""Of families whose models look for the key, but whose config class does not have it."""
+
 PLAIN_ATTENTION: tuple[Fate, ...] = (
     Fixed("layer.mixer.causal", True),
-    Fixed("layer.mixer.qk_norm", None),
-    Fixed("layer.mixer.qk_norm_across_heads", False),
     Fixed("layer.mixer.scale_dim", None),
 )
 """What few families do in attention."""
 
+QK_NORM: tuple[Fate, ...] = (
+    mapped("rms_norm_eps", *NORM_EPSILONS, "layer.mixer.qk_norm.epsilon"),
+    Fixed("layer.mixer.qk_norm.type", "rms_norm"),
+    Fixed("layer.mixer.qk_norm_across_heads", False),
+)
+"""A norm on each head of queries and keys, with the epsilon of all norms."""
+
+NO_QK_NORM: tuple[Fate, ...] = (
+    mapped("rms_norm_eps", *NORM_EPSILONS),
+    Fixed("layer.mixer.qk_norm", None),
+    Fixed("layer.mixer.qk_norm_across_heads", False),
+)
+"""Queries and keys as they are projected."""
+
+WINDOWED_BLOCKS = {"full_attention": BlockKind("attention"), "sliding_attention": BlockKind("attention")}
+"""The kinds of block of families with windows in some layers."""
+
+WINDOWS: tuple[Fate, ...] = (
+    Fixed("full_attention.mixer.window", None),
+    mapped("sliding_window", "sliding_attention.mixer.window"),
+)
+"""One window, for the layers that have one."""
+
+LAYER_TYPES = LayerTypes("layer_types", {kind: (kind,) for kind in WINDOWED_BLOCKS})
+"""The key that says which layers have the window."""
+
 ATTENTION: tuple[Fate, ...] = (
     mapped("num_attention_heads", "layer.mixer.heads"),
     mapped("num_key_value_heads", "layer.mixer.kv_heads"),
-    mapped("head_dim", "layer.mixer.head_dim"),
     Constant("attention_dropout", 0.0, same=(None,)),
     Fixed("layer.mixer.type", "attention"),
 )
@@ -105,27 +140,38 @@ ROTARY: tuple[Fate, ...] = (
 
 _LAYER = "model.layers.{layer}"
 
-LLAMA_TENSORS = Tensors(
-    weights=(
-        Weight("model.embed_tokens.weight", "model.embed_tokens.weight"),
-        Weight(f"{_LAYER}.mixer_norm.weight", f"{_LAYER}.input_layernorm.weight"),
-        *(
-            Weight(f"{_LAYER}.mixer.{name}.{kind}", f"{_LAYER}.self_attn.{name}.{kind}")
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-            for kind in ("weight", "bias")
-        ),
-        Weight(f"{_LAYER}.mlp_norm.weight", f"{_LAYER}.post_attention_layernorm.weight"),
-        *(
-            Weight(f"{_LAYER}.mlp.{name}.{kind}", f"{_LAYER}.mlp.{name}.{kind}")
-            for name in ("gate_proj", "up_proj", "down_proj")
-            for kind in ("weight", "bias")
-        ),
-        Weight("model.norm.weight", "model.norm.weight"),
-        Weight("lm_head.weight", "lm_head.weight"),
-    ),
-    junk=(
-        Junk(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "rotary frequencies follow from the config"),
-        Junk(r"model\.rotary_emb\.inv_freq", "rotary frequencies follow from the config"),
-    ),
+QK_NORMS = tuple(
+    Weight(f"{_LAYER}.mixer.{name}_norm.weight", f"{_LAYER}.self_attn.{name}_norm.weight") for name in "qk"
 )
-"""The names of Llama's tensors, which most of its relatives kept."""
+"""The norms of queries and keys."""
+
+QKV_BIASES = tuple(Weight(f"{_LAYER}.mixer.{name}_proj.bias", f"{_LAYER}.self_attn.{name}_proj.bias") for name in "qkv")
+OUTPUT_BIAS = (Weight(f"{_LAYER}.mixer.o_proj.bias", f"{_LAYER}.self_attn.o_proj.bias"),)
+MLP_BIASES = tuple(
+    Weight(f"{_LAYER}.mlp.{name}_proj.bias", f"{_LAYER}.mlp.{name}_proj.bias") for name in ("gate", "up", "down")
+)
+
+OUTER_WEIGHTS = (
+    Weight("model.embed_tokens.weight", "model.embed_tokens.weight"),
+    Weight("model.norm.weight", "model.norm.weight"),
+    Weight("lm_head.weight", "lm_head.weight"),
+)
+"""What lies outside the layers."""
+NORM_WEIGHTS = (
+    Weight(f"{_LAYER}.mixer_norm.weight", f"{_LAYER}.input_layernorm.weight"),
+    Weight(f"{_LAYER}.mlp_norm.weight", f"{_LAYER}.post_attention_layernorm.weight"),
+)
+ATTENTION_WEIGHTS = tuple(
+    Weight(f"{_LAYER}.mixer.{name}_proj.weight", f"{_LAYER}.self_attn.{name}_proj.weight") for name in "qkvo"
+)
+MLP_WEIGHTS = tuple(
+    Weight(f"{_LAYER}.mlp.{name}_proj.weight", f"{_LAYER}.mlp.{name}_proj.weight") for name in ("gate", "up", "down")
+)
+LLAMA_WEIGHTS = (*OUTER_WEIGHTS, *NORM_WEIGHTS, *ATTENTION_WEIGHTS, *MLP_WEIGHTS)
+"""The names of Llama's weights, which most of its relatives kept. Biases and norms of heads come beside them."""
+
+JUNK = (
+    Junk(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "rotary frequencies follow from the config"),
+    Junk(r"model\.rotary_emb\.inv_freq", "rotary frequencies follow from the config"),
+)
+"""What older checkpoints hold beside the weights."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from gearshift.formats.base import Format
-from gearshift.formats.fates import RUNTIME_ONLY, Fate
+from gearshift.formats.base import Format, InexpressibleError
+from gearshift.formats.fates import RUNTIME_ONLY, Fate, Mapped
 from gearshift.formats.layers import BlockKind, LayerFate
 from gearshift.formats.leaves import difference
 from gearshift.formats.native import NativeConfig
@@ -46,6 +46,7 @@ class FamilyFormat(Format):
 
     def __post_init__(self) -> None:
         assert self._table  # building it checks the fates
+        object.__setattr__(self, "kinds", len(self.blocks))
 
     @cached_property
     def _table(self) -> FateTable:
@@ -62,8 +63,19 @@ class FamilyFormat(Format):
         if not self.writable:
             raise self._writer.refusal("it is read, never written")
         config = self._writer.write(native)
+        for fate in self._table.of(Mapped):
+            if fate.omit_implied:
+                without = {key: value for key, value in config.items() if key != fate.key}
+                config = without if self._says_as_much(without, native.spec) else config
         self._check_read_back(config, native.spec)
         return dict(sorted(config.items()))
+
+    def _says_as_much(self, config: Mapping[str, Any], spec: ModelSpec) -> bool:
+        try:
+            self._check_read_back(config, spec)
+        except InexpressibleError:
+            return False
+        return True
 
     def _check_read_back(self, config: Mapping[str, Any], spec: ModelSpec) -> None:
         """What we wrote must be read as what we had: the family's class may have rules of its own."""

@@ -24,11 +24,18 @@ class Mapped:
     """Where the key is absent and the family has no config class that knows better."""
     omit_none: bool = False
     """Whether the key is left out, instead of written as null, where the leaf is None."""
+    omit_implied: bool = False
+    """Whether the key is left out where the others say as much without it."""
 
 
 def mapped(key: str, *paths: str, default: Any = REQUIRED) -> Mapped:
     """A key that is always written."""
     return Mapped(key, paths, default)
+
+
+def implied(key: str, *paths: str) -> Mapped:
+    """A key that is left out where the family computes the same without it."""
+    return Mapped(key, paths, default=None, omit_implied=True)
 
 
 def optional(key: str, *paths: str) -> Mapped:

@@ -78,6 +78,23 @@ class LayerNumbers:
         return None if self.null and not numbers else numbers
 
 
+@dataclass(frozen=True)
+class LayerSwitch:
+    """Whether layers of some kinds are allowed."""
+
+    key: str
+    switched: tuple[str, ...]
+    """The kinds that there are only where it is on."""
+    others: tuple[str, ...]
+    """The kinds that there may be always."""
+
+    def read(self, value: Any, num_layers: int) -> Sequence[tuple[str, ...]]:
+        return [self.others + (self.switched if value else ())] * num_layers
+
+    def write(self, kinds: Sequence[str]) -> Any:
+        return any(kind in self.switched for kind in kinds)
+
+
 def pattern_of(layout: Sequence[str]) -> list[str]:
     """The shortest pattern that repeats to `layout`, its last repeat cut short if need be."""
     for period in range(1, len(layout)):

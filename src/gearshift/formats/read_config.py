@@ -124,13 +124,16 @@ class Reader(NamedTuple):
         return kinds
 
     def _unused(self, values: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
-        """The values, other than the family's defaults, of keys that speak only of kinds that no layer has."""
+        """What the kinds of the layers do not tell: of keys that speak only of kinds that no layer has, the values that
+        are not the family's defaults; of keys that tell layers apart, those that we would write otherwise."""
         idle = {}
         for fate in self.table.of(Mapped):
             leaves = self.table.leaves(fate)
             if all(leaf.kind is not None and leaf.kind not in kinds for leaf in leaves) and fate.key in values:
                 idle[fate.key] = values[fate.key]
-        return {key: value for key, value in idle.items() if value != self.table.defaults.get(key)}
+        idle = {key: value for key, value in idle.items() if value != self.table.defaults.get(key)}
+        said = {fate.key: (values.get(fate.key), fate.write(kinds)) for fate in self.table.layers}
+        return idle | {key: value for key, (value, written) in said.items() if value != written}
 
     def _spec(self, trees: Trees, kinds: Sequence[str]) -> ModelSpec:
         blocks = {}

@@ -50,8 +50,7 @@ class Writer(NamedTuple):
         self._write_mapped(config, spec, kinds, kept)
         for derived in table.of(Derived):
             set_at(config, derived.key, self._common(derived.key, table.targets[derived.path], spec, kinds))
-        for layers in table.layers:
-            set_at(config, layers.key, layers.write([kinds[name] for name in spec.decoder.layout]))
+        self._write_layers(config, [kinds[name] for name in spec.decoder.layout], kept)
         for constant in table.of(Constant):
             if constant.write:
                 set_at(config, constant.key, copy.copy(constant.value))
@@ -115,6 +114,19 @@ class Writer(NamedTuple):
                 value = kept.get(fate.key, self.table.defaults.get(fate.key))
             if value is not None or not fate.omit_none:
                 set_at(config, fate.key, list(value) if isinstance(value, tuple) else value)
+
+    def _write_layers(self, config: dict[str, Any], layout: Sequence[str], kept: Mapping[str, Any]) -> None:
+        """The keys that tell layers apart: as they came, where that still says the same."""
+        for fate in self.table.layers:
+            value = fate.write(layout)
+            if fate.key in kept:
+                try:
+                    allowed = fate.read(kept[fate.key], len(layout))
+                except ValueError:  # there are more or fewer layers now
+                    allowed = [()] * len(layout)
+                if all(kind in choices for kind, choices in zip(layout, allowed, strict=True)):
+                    value = kept[fate.key]
+            set_at(config, fate.key, value)
 
     def _found(self, leaf: Leaf, spec: ModelSpec, kinds: Mapping[str, str]) -> Iterator[Found]:
         """What the leaf is in the model: in each block of its kind, or outside of them."""

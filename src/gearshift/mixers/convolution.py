@@ -1,34 +1,51 @@
-"""The short causal depthwise convolutions, with SiLU, that recurrent mixers put after their projections."""
+"""The short causal depthwise convolutions, with an activation, that recurrent mixers put after their projections."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 from gearshift.mixers.base import MixContext, MixerState
 from gearshift.mixers.kernels import kernel
 
+_FUSED = {"silu": "silu", "swish": "silu", "linear": None}
+"""The activations that the CUDA kernel knows, by transformers' names."""
+
 
 class ShortConvolution(nn.Module):
-    """The weight of one convolution, [channels, 1, taps], the last tap on the current token. Run by `convolve`."""
+    """The weight of one convolution, [channels, 1, taps], the last tap on the current token. Run by `convolve`.
 
-    def __init__(self, channels: int, taps: int):
+    With `bias`, a number is added to each channel before the activation, [channels].
+    """
+
+    def __init__(self, channels: int, taps: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, taps).uniform_(-(taps**-0.5), taps**-0.5))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
 
 def convolve(
-    streams: Sequence[Tensor], weights: Sequence[Tensor], context: MixContext, state: MixerState | None
+    streams: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    context: MixContext,
+    state: MixerState | None,
+    biases: Sequence[Tensor] | None = None,
+    activation: str = "silu",
 ) -> Sequence[Tensor]:
-    """silu(convolution) of each stream [batch, tokens, channels] with its own weight [channels, 1, taps].
+    """activation(convolution + bias) of each stream [batch, tokens, channels] with its own weight [channels, 1, taps].
 
     Documents start from zeros. `state["conv"]` holds the last taps - 1 inputs of all streams' channels, concatenated;
-    it is read and written if `state` is given. float32 on the plain path, the streams' dtype on CUDA.
+    it is read and written if `state` is given. `biases` are [channels] each; `activation` goes by transformers' names.
+    float32 on the plain path, the streams' dtype on CUDA.
     """
     if state is None:
-        return [_convolved(x, weight, context) for x, weight in zip(streams, weights, strict=True)]
+        each = biases if biases is not None else [None] * len(streams)
+        parts = zip(streams, weights, each, strict=True)
+        return [_convolved(x, weight, bias, activation, context) for x, weight, bias in parts]
     now, weight = torch.cat(tuple(streams), dim=-1), torch.cat(tuple(weights))
+    bias = None if biases is None else torch.cat(tuple(biases))
     taps, tokens = weight.shape[-1], now.shape[1]
     past = state.get("conv")
     if past is None:
@@ -36,19 +53,23 @@ def convolve(
     seen = torch.cat((past.mT.to(now.dtype), now), dim=1)
     state["conv"] = seen[:, tokens:].mT.contiguous()
     if tokens == 1:
-        mixed = F.silu((seen.float() * weight.squeeze(1).t().float()).sum(1, keepdim=True))
+        mixed = (seen.float() * weight.squeeze(1).t().float()).sum(1, keepdim=True)
+        mixed = ACT2FN[activation](mixed if bias is None else mixed + bias.float())
         mixed = mixed.to(now.dtype) if now.is_cuda else mixed
     else:
-        mixed = _convolved(seen, weight, None)[:, taps - 1 :]
+        mixed = _convolved(seen, weight, bias, activation, None)[:, taps - 1 :]
     return mixed.split([x.shape[-1] for x in streams], dim=-1)
 
 
-def _convolved(x: Tensor, weight: Tensor, context: MixContext | None) -> Tensor:
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, context: MixContext | None) -> Tensor:
     if x.is_cuda:
         run = kernel("fla.modules.causal_conv1d:causal_conv1d")
         cu_seqlens = None if context is None else context.cu_seqlens
-        return run(x, weight.squeeze(1), activation="silu", cu_seqlens=cu_seqlens)[0]
-    return F.silu(causal_convolution(x, weight, None if context is None else _places(context)))
+        fused = _FUSED.get(activation)
+        mixed = run(x, weight.squeeze(1), bias=bias, activation=fused, cu_seqlens=cu_seqlens)[0]
+        return mixed if activation in _FUSED else ACT2FN[activation](mixed)
+    mixed = causal_convolution(x, weight, None if context is None else _places(context))
+    return ACT2FN[activation](mixed if bias is None else mixed + bias.float())
 
 
 def causal_convolution(x: Tensor, weight: Tensor, places: Tensor | None = None) -> Tensor:

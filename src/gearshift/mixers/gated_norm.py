@@ -1,4 +1,4 @@
-"""The normalisation of recurrent mixers' outputs: RMS a head, then a gate."""
+"""The normalisation of recurrent mixers' outputs: RMS over a head or a group of channels, and a gate."""
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,35 @@ class GatedRMSNorm(nn.Module):
         if x.is_cuda and self.activation in _FUSED:
             run = kernel("fla.modules.norm.fused_norm_gate:rms_norm_gated")
             return run(x, gate, self.weight, None, _FUSED[self.activation], eps=self.epsilon).to(gate.dtype)
-        wide = x.float()
-        unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return (self.weight.float() * unit * ACT2FN[self.activation](gate.float())).to(gate.dtype)
+        normed = self.weight.float() * _unit(x.float(), self.epsilon)
+        return (normed * ACT2FN[self.activation](gate.float())).to(gate.dtype)
+
+
+class GroupedGatedRMSNorm(nn.Module):
+    """The norm of Mamba-2 (arXiv 2405.21060, section 7.1): each of `groups` slices of the channels has its own RMS.
+
+    weight * y / rms(y) with y = x * silu(gate), or, with the norm before the gate, weight * x / rms(x) * silu(gate).
+    x and gate [..., channels] -> [..., channels] in the gate's dtype, in float32 inside.
+    """
+
+    def __init__(self, channels: int, groups: int, epsilon: float, norm_before_gate: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.groups = groups
+        self.epsilon = epsilon
+        self.norm_before_gate = norm_before_gate
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        if x.is_cuda:
+            run = kernel("fla.modules.norm.layernorm_gated:rmsnorm_fn")
+            order = {"group_size": x.shape[-1] // self.groups, "norm_before_gate": self.norm_before_gate}
+            return run(x, self.weight, None, gate.to(x.dtype), self.epsilon, **order).to(gate.dtype)
+        open_gate = ACT2FN["silu"](gate.float())
+        wide = x.float() if self.norm_before_gate else x.float() * open_gate
+        unit = _unit(wide.unflatten(-1, (self.groups, -1)), self.epsilon).flatten(-2)
+        normed = self.weight.float() * unit
+        return (normed * open_gate if self.norm_before_gate else normed).to(gate.dtype)
+
+
+def _unit(x: Tensor, epsilon: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)

@@ -1,4 +1,4 @@
-"""The CUDA kernels of the package flash-linear-attention, imported when first needed."""
+"""The CUDA kernels of the packages flash-linear-attention and mamba-ssm, imported when first needed."""
 
 import importlib
 from functools import cache
@@ -8,20 +8,24 @@ from typing import Any
 import torch
 
 HOPPER = (9, 0)
+PACKAGES = {"mamba_ssm": ("mamba-ssm", "pip install mamba-ssm --no-build-isolation")}
+"""By a kernel's first module: the package that has it, and how it is installed."""
+FLASH_LINEAR_ATTENTION = ("flash-linear-attention >= 0.6", 'pip install "gearshift[gpu]"')
+"""The same for all other kernels."""
 BROKEN_TRITON = ((3, 4, 0), (3, 7, 0))
 """From the first to the last version whose compiled gated backward is wrong on Hopper; TileLang's is used instead."""
 
 
 @cache
 def kernel(path: str) -> Any:
-    """The function at `module:name` in flash-linear-attention. ImportError that says what to install without it."""
+    """The function at `module:name`. Without its package, an ImportError that names it and says how to install it."""
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
+        package, install = PACKAGES.get(module.partition(".")[0], FLASH_LINEAR_ATTENTION)
         raise ImportError(
-            f"on CUDA the recurrent mixers run on flash-linear-attention >= 0.6, and {path} could not be imported "
-            f'({error}): pip install "gearshift[gpu]"'
+            f"on CUDA this mixer runs on {package}, and {path} could not be imported ({error}): {install}"
         ) from error
 
 

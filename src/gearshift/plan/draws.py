@@ -13,6 +13,7 @@ from gearshift.plan.initialisers import (
     Initialiser,
     InverseSoftplusLogUniform,
     LastTap,
+    LogIndex,
     LogUniform,
     Normal,
     Uniform,
@@ -33,6 +34,8 @@ def initialise(initialiser: Initialiser, shape: tuple[int, ...], dtype: str, see
             taps = torch.zeros(shape, dtype=torch_dtype)
             taps[..., -1] = value
             return taps
+        case LogIndex():
+            return torch.arange(1, shape[-1] + 1).double().log().to(torch_dtype).expand(shape).contiguous()
         case _:
             values = _draw(initialiser, shape, _generator(seed, name))
             return torch.from_numpy(values).to(torch_dtype)

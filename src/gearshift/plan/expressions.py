@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from gearshift.plan.initialisers import Constant, Initialiser, LastTap
+from gearshift.plan.initialisers import Constant, Initialiser, LastTap, LogIndex
 
 DTYPE_BYTES: Mapping[str, int] = {
     "bool": 1,
@@ -241,8 +241,9 @@ def _infer_initialise(expression: Initialise) -> TensorInfo:
     info = TensorInfo(expression.shape, expression.dtype)
     if not isinstance(expression.initialiser, Constant) and "float" not in info.dtype:
         raise ValueError(f"initialise: {expression.initialiser} draws fractions, which {info.dtype} cannot hold")
-    if isinstance(expression.initialiser, LastTap) and not info.shape:
-        raise ValueError("initialise: LastTap needs at least one dimension, the last of which holds the taps")
+    if isinstance(expression.initialiser, LastTap | LogIndex) and not info.shape:
+        kind = type(expression.initialiser).__name__
+        raise ValueError(f"initialise: {kind} needs at least one dimension, the last of which it runs along")
     return info
 
 

@@ -74,7 +74,12 @@ class LastTap:
     value: float
 
 
-Initialiser = Constant | Normal | Uniform | LogUniform | InverseSoftplusLogUniform | LastTap
+@dataclass(frozen=True, slots=True)
+class LogIndex:
+    """log 1, log 2, log 3, ... along the last dimension: `A_log` of Mamba (arXiv 2312.00752, section 3.6)."""
+
+
+Initialiser = Constant | Normal | Uniform | LogUniform | InverseSoftplusLogUniform | LastTap | LogIndex
 
 
 def _check_positive_range(initialiser: LogUniform | InverseSoftplusLogUniform) -> None:

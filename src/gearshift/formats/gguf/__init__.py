@@ -79,6 +79,8 @@ FORMAT = FamilyFormat(
         *PLAIN_MODEL,
         *PLAIN_BLOCK,
         *PLAIN_ATTENTION,
+        Fixed("layer.mixer.qk_norm", None),
+        Fixed("layer.mixer.qk_norm_across_heads", False),
     ),
     tensors=Tensors(
         weights=(

@@ -5,16 +5,24 @@ from gearshift.formats.common import (
     ANY_MODEL,
     ATTENTION,
     DECODER,
-    LLAMA_TENSORS,
+    GATED_MLP,
+    HEAD_DIM,
+    JUNK,
+    LLAMA_WEIGHTS,
+    MLP_BIASES,
+    NO_QK_NORM,
+    OUTPUT_BIAS,
     PLAIN_ATTENTION,
     PLAIN_BLOCK,
     PLAIN_MODEL,
+    QKV_BIASES,
     ROTARY,
     ROTARY_NESTED,
 )
 from gearshift.formats.family import FamilyFormat
 from gearshift.formats.fates import Carried, Constant, Fixed, mapped
 from gearshift.formats.layers import BlockKind
+from gearshift.formats.tensors import Tensors
 
 FORMAT = FamilyFormat(
     name="llama",
@@ -26,11 +34,14 @@ FORMAT = FamilyFormat(
     fates=(
         *ANY_MODEL,
         *DECODER,
+        *GATED_MLP,
         *ATTENTION,
+        HEAD_DIM,
         *ROTARY,
         *PLAIN_MODEL,
         *PLAIN_BLOCK,
         *PLAIN_ATTENTION,
+        *NO_QK_NORM,
         Constant("architectures", ["LlamaForCausalLM"], same=(None,)),
         mapped("attention_bias", "layer.mixer.qkv_bias", "layer.mixer.output_bias"),
         mapped("mlp_bias", "layer.mlp.bias"),
@@ -41,5 +52,5 @@ FORMAT = FamilyFormat(
         Constant("rope_interleaved", False, write=False),
         Fixed("layer.mixer.window", None),
     ),
-    tensors=LLAMA_TENSORS,
+    tensors=Tensors((*LLAMA_WEIGHTS, *QKV_BIASES, *OUTPUT_BIAS, *MLP_BIASES), JUNK),
 )

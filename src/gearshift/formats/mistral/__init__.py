@@ -5,7 +5,11 @@ from gearshift.formats.common import (
     ANY_MODEL,
     ATTENTION,
     DECODER,
-    LLAMA_TENSORS,
+    GATED_MLP,
+    HEAD_DIM,
+    JUNK,
+    LLAMA_WEIGHTS,
+    NO_QK_NORM,
     PLAIN_ATTENTION,
     PLAIN_BLOCK,
     PLAIN_MODEL,
@@ -15,6 +19,7 @@ from gearshift.formats.common import (
 from gearshift.formats.family import FamilyFormat
 from gearshift.formats.fates import Constant, Fixed, mapped
 from gearshift.formats.layers import BlockKind
+from gearshift.formats.tensors import Tensors
 
 FORMAT = FamilyFormat(
     name="mistral",
@@ -26,16 +31,19 @@ FORMAT = FamilyFormat(
     fates=(
         *ANY_MODEL,
         *DECODER,
+        *GATED_MLP,
         *ATTENTION,
+        HEAD_DIM,
         *ROTARY,
         *PLAIN_MODEL,
         *PLAIN_BLOCK,
         *PLAIN_ATTENTION,
+        *NO_QK_NORM,
         Constant("architectures", ["MistralForCausalLM"], same=(None,)),
         mapped("sliding_window", "layer.mixer.window"),
         Fixed("layer.mixer.qkv_bias", False),
         Fixed("layer.mixer.output_bias", False),
         Fixed("layer.mlp.bias", False),
     ),
-    tensors=LLAMA_TENSORS,
+    tensors=Tensors(LLAMA_WEIGHTS, JUNK),
 )
