@@ -1,10 +1,12 @@
-"""Throughput of a conversion against `cp -r` of the same files, in the same run.
+"""Throughput and memory of a conversion against `cp -r` of the same files, in the same run.
 
-    python benchmarks/conversion.py [--gigabytes 1] [--runs 5]
+    python benchmarks/conversion.py [--gigabytes 1 4] [--shards 4] [--runs 7]
 
-Makes a random Llama-shaped bfloat16 checkpoint of that size, then alternates between `cp -r`, the plain conversion to
-the Gearshift format (the same bytes out) and the one with the quickstart's surgery (more bytes out). Each time includes
-flushing what was written to the disk; start-up and imports are not counted.
+For each size makes a random Llama-shaped bfloat16 checkpoint, then takes turns: `cp -r`, the plain conversion to the
+Gearshift format (the same bytes out) and the one with the quickstart's surgery (more bytes out). Each time includes
+flushing what was written to the disk; start-up and imports are not counted. The share of cp is the median over the
+rounds of the bytes a second beside those of `cp -r` in the same round. Peak memory is what was resident beyond the
+process as it was after its imports, mapped pages of the source included.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -30,8 +33,17 @@ SURGERY = Path(__file__).parents[1] / "recipes" / "quickstart" / "surgery.yaml"
 HIDDEN, LAYER_BYTES = 2048, 2 * (4 * 2048 * 2048 + 3 * 2048 * 8192)
 
 
-def make(folder: Path, size: float) -> None:
-    """A checkpoint of about `size` bytes, in shards of at most 1 GB."""
+class Run(NamedTuple):
+    """One conversion, or one copy."""
+
+    seconds: float
+    bytes: int
+    peak: int
+    """Bytes resident at most."""
+
+
+def make(folder: Path, size: float, shard_count: int) -> None:
+    """A checkpoint of about `size` bytes, in about `shard_count` shards."""
     layers = max(1, round(size / LAYER_BYTES))
     config = {
         "model_type": "llama",
@@ -58,7 +70,7 @@ def make(folder: Path, size: float) -> None:
     held = 0
     for name, shape in weights.items():
         need = 2 * torch.Size(shape).numel()
-        if held + need > 1e9:
+        if held + need > 1.05 * size / shard_count:
             shards.append({})
             held = 0
         shards[-1][name] = shape
@@ -71,50 +83,71 @@ def make(folder: Path, size: float) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+def status(field: str) -> int:
+    """Bytes, by Linux's account of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def timed(work: Callable[[], object], out: Path) -> tuple[float, int]:
-    """Seconds of `work` until its result `out` is on the disk, and the result's size."""
+def timed(work: Callable[[], object], out: Path) -> Run:
+    """How long `work` takes until its result `out` is on the disk, how large that is, and the memory at most."""
     os.sync()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     started = time.perf_counter()
     work()
     os.sync()
     seconds = time.perf_counter() - started
-    size = size_of(out)
+    size = sum(file.stat().st_size for file in out.iterdir())
     shutil.rmtree(out)
-    return seconds, size
+    return Run(seconds, size, status("VmHWM"))
+
+
+def measure(scratch: Path, size: float, shard_count: int, rounds: int, idle: int) -> Table:
+    """Every way of conversion at one size."""
+    surgery = load_surgery(SURGERY)
+    source, out = scratch / "source", scratch / "out"
+    make(source, size, shard_count)
+    shard = max(file.stat().st_size for file in source.glob("*.safetensors"))
+    ways: dict[str, Callable[[], object]] = {
+        "cp -r": lambda: subprocess.run(["cp", "-r", source, out], check=True),
+        "convert": lambda: convert(source).write(out),
+        "convert with surgery": lambda: convert(source, [surgery]).write(out),
+    }
+    for work in ways.values():
+        timed(work, out)
+    measured = [{name: timed(work, out) for name, work in ways.items()} for _ in range(rounds)]
+    shutil.rmtree(source)
+    title = f"{size / 1e9:g} GB, largest shard {shard / 1e6:.0f} MB, {rounds} rounds"
+    table = Table("what", "seconds (median)", "min - max", "GB written", "share of cp", "peak memory", title=title)
+    for name in ways:
+        seconds = [round[name].seconds for round in measured]
+        shares = [
+            round[name].bytes / round[name].seconds * round["cp -r"].seconds / round["cp -r"].bytes
+            for round in measured
+        ]
+        peak = max(round[name].peak for round in measured) - idle
+        table.add_row(
+            name,
+            f"{statistics.median(seconds):.2f}",
+            f"{min(seconds):.2f} - {max(seconds):.2f}",
+            f"{measured[0][name].bytes / 1e9:.2f}",
+            f"{statistics.median(shares):.0%}",
+            "" if name == "cp -r" else f"{peak / 1e6:.0f} MB, {peak / shard:.2f} shards",
+        )
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0, 4.0])
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--runs", type=int, default=7)
     options = parser.parse_args()
-    surgery = load_surgery(SURGERY)
-    with tempfile.TemporaryDirectory(dir=".") as scratch:
-        source, out = Path(scratch) / "source", Path(scratch) / "out"
-        make(source, options.gigabytes * 1e9)
-        ways: dict[str, Callable[[], object]] = {
-            "cp -r": lambda: subprocess.run(["cp", "-r", source, out], check=True),
-            "convert": lambda: convert(source).write(out),
-            "convert with surgery": lambda: convert(source, [surgery]).write(out),
-        }
-        measured: dict[str, list[tuple[float, int]]] = {name: [] for name in ways}
-        for _ in range(options.runs):
-            for name, work in ways.items():
-                measured[name].append(timed(work, out))
-    table = Table("what", "seconds (median)", "min - max", "GB written", "GB/s", "share of cp", title="conversion")
-    speeds = {}
-    for name, runs in measured.items():
-        seconds, size = [run[0] for run in runs], runs[0][1]
-        speeds[name] = size / statistics.median(seconds) / 1e9
-        spread = f"{min(seconds):.2f} - {max(seconds):.2f}"
-        share = f"{speeds[name] / speeds['cp -r']:.0%}"
-        row = (f"{statistics.median(seconds):.2f}", spread, f"{size / 1e9:.2f}", f"{speeds[name]:.2f}", share)
-        table.add_row(name, *row)
-    Console(width=100).print(table)
+    idle = status("VmRSS")
+    for gigabytes in options.gigabytes:
+        with tempfile.TemporaryDirectory(dir=".") as scratch:
+            table = measure(Path(scratch), gigabytes * 1e9, options.shards, options.runs, idle)
+        Console(width=110).print(table)
 
 
 if __name__ == "__main__":

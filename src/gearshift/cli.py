@@ -78,6 +78,34 @@ def info(
 
 
 @app.command(cls=Command)
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A model folder, a .gguf file, or a hub name.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one, of any format.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Cut no list, and show each layer by itself.")] = False,
+) -> None:
+    """Show what differs between two models: settings, tensor names, shapes and dtypes, values.
+
+    Tensors go by Gearshift's names, so that two formats of one model are equal. A tensor's relative difference is
+    max |a - b| / max |a|. The exit status is 0 if nothing differs, 1 if something does, and 2 for bad input.
+    """
+    from gearshift.diff import bytes_to_compare, compare
+    from gearshift.diff_report import render
+    from gearshift.formats import open_checkpoint
+    from gearshift.progress import bar
+
+    first, second = open_checkpoint(a), open_checkpoint(b)
+    with bar(err, "comparing", bytes_to_compare(first, second)) as advance:
+        found = compare(first, second, advance)
+    if as_json:
+        print(json.dumps(found.to_json_dict(), indent=2, allow_nan=False))
+    else:
+        out.print(render(found, everything), soft_wrap=False)
+    if not found.equal:
+        raise typer.Exit(1)
+
+
+@app.command(cls=Command)
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     overrides: Overrides = None,

@@ -1,6 +1,5 @@
 """What differs between two checkpoints: their configs, their tensors' shapes and dtypes, and the values."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -156,6 +155,12 @@ def _comparable(native: NativeConfig, other: ModelSpec) -> dict[str, Any]:
 
 
 def _changes(path: str, a: Any, b: Any) -> Iterator[Change]:
+    a, b = (
+        dict(enumerate(value))
+        if isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
+        else value
+        for value in (a, b)
+    )
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         for key in (*a, *(key for key in b if key not in a)):
             below = f"{path}.{key}" if path else str(key)
@@ -174,8 +179,8 @@ def _common_names(schema: Schema, spec: ModelSpec, other: ModelSpec) -> dict[str
             inner[f"model.layers.{key}.mixer."] = f"model.layers.{key}.mixer.mixers.{main}."
     names = {}
     for name in schema:
-        prefix = ".".join(name.split(".", 4)[:4]) + "."
-        names[inner.get(prefix, prefix) + name.removeprefix(prefix) if prefix in inner else name] = name
+        block, mixer, rest = name.partition(".mixer.")
+        names[inner.get(block + mixer, block + mixer) + rest] = name
     return names
 
 
@@ -210,9 +215,11 @@ class _Rows:
 
 
 def _compare_values(a: _Rows, b: _Rows, progress: Advance) -> ValueDifference | None:
-    """How far two tensors of one shape are apart; None if they are equal."""
+    """How far two tensors of one shape are apart; None if they are equal, NaNs in the same places included."""
+    if not a.info.elements:
+        return None
     rows = a.info.shape[0] if a.info.shape else 1
-    step = max(1, _COMPARED_AT_ONCE // max(1, a.info.elements // max(1, rows)))
+    step = max(1, _COMPARED_AT_ONCE * rows // a.info.elements)
     absolute, largest, elements, nan = 0.0, 0.0, 0, 0
     for start in range(0, rows, step):
         stop = min(start + step, rows)
@@ -222,7 +229,7 @@ def _compare_values(a: _Rows, b: _Rows, progress: Advance) -> ValueDifference | 
             left, right = left.double(), right.double()
             only_one = left.isnan() ^ right.isnan()
             differ = (left != right) & ~(left.isnan() & right.isnan())
-            # An infinity less a number is infinite; a number less what is none is to be.
+            # Equal infinities are not apart, though their difference is no number.
             apart = (left - right).abs_().masked_fill_(~differ, 0.0).masked_fill_(only_one, math.inf)
             absolute = max(absolute, float(apart.max()))
             elements += int(differ.sum())

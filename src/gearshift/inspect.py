@@ -13,7 +13,7 @@ from rich.text import Text
 
 from gearshift.formats import Checkpoint, NativeConfig
 from gearshift.model.schema import cost_table, parameter_counts, schema
-from gearshift.spec import MixerSpec, ModelSpec, Placement, StateTensor, StochasticMixerSpec
+from gearshift.spec import BlockSpec, MixerSpec, ModelSpec, Placement, StateTensor, StochasticMixerSpec
 
 _MOST_PRESETS = 6
 _MOST_ITEMS = 4
@@ -34,7 +34,7 @@ def summary(checkpoint: Checkpoint) -> RenderableType:
     table.add_row(Text("placement", style="dim"), "", "", "", Text("cost of a token at 8k, layers", style="dim"))
     for row in _placements(native):
         table.add_row(*row)
-    return Group(_heading(checkpoint), "", table)
+    return Group(_heading(checkpoint), table)
 
 
 def resolved(native: NativeConfig) -> str:
@@ -76,7 +76,11 @@ def _heading(checkpoint: Checkpoint) -> Table:
     native, spec = checkpoint.native, checkpoint.native.spec
     total = sum(info.elements for info in checkpoint.schema.values())
     size = _size(sum(info.bytes for info in checkpoint.schema.values()))
-    active = f", {active_parameters(spec, spec.main):,} of them under main" if spec.is_supernet else ""
+    parameters = f"{total:,}"
+    if spec.is_supernet:
+        parameters += f" in all, {active_parameters(spec, spec.main):,} under main"
+    if idle := _idle_parameters(spec):
+        parameters += f", of which a token reads {active_parameters(spec, spec.main) - idle:,}"
     model = [f"hidden {spec.hidden_size:,}", f"vocabulary {spec.vocab_size:,}", f"context {spec.max_positions:,}"]
     model += ["tied embeddings"] if spec.tie_embeddings else []
     model += _settings(spec, _defaults(spec), _SHOWN_ELSEWHERE)
@@ -84,8 +88,9 @@ def _heading(checkpoint: Checkpoint) -> Table:
         "model": f"{checkpoint.path} ({checkpoint.format.name}, {native.dtype}, {size})",
         "from": ", ".join(f"{key}: {value}" for key, value in native.source.items()),
         "sizes": ", ".join(model),
-        "parameters": f"{total:,}{active}",
+        "parameters": parameters,
         "layers": f"{spec.decoder.num_layers}: {pattern(spec)}",
+        "every block": ", ".join(_common_notes(spec)),
     }
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     table.add_column(style="dim", no_wrap=True)
@@ -100,38 +105,56 @@ def _blocks(native: NativeConfig) -> Iterator[tuple[RenderableType, ...]]:
     """For each block a row, and a row for each of its mixers; those that an earlier block has as well share one."""
     spec = native.spec
     counts, _ = parameter_counts(spec)
+    common = _common_notes(spec)
     seen: dict[tuple[str, MixerSpec], str] = {}
+    in_full: dict[str, MixerSpec] = {}
     for name, block in spec.decoder.blocks.items():
         layers = spec.decoder.layout.count(name)
         notes = [f"{layers} layer{'s' if layers > 1 else ''}"]
         notes += ["one set of weights"] if block.shared_weights else []
-        notes += [f"MLP {describe_settings(block.mlp)}"]
-        notes += _settings(block, _defaults(block), ("mixer", "mlp", "shared_weights"))
+        notes += [note for note in _notes(block) if note not in common]
         yield Text(name, style="bold"), _count(_beside_mixers(spec, name)), "", "", Text(", ".join(notes))
         repeated: dict[str, list[str]] = {}
+        near: dict[str, MixerSpec] = {}
         for mixer_name, mixer in block.mixers.items():
             is_main = isinstance(block.mixer, StochasticMixerSpec) and mixer_name == block.main
             label = f"{mixer_name} (main)" if is_main else mixer_name
-            if (earlier := seen.get((mixer_name, mixer), name)) != name:
-                repeated.setdefault(earlier, []).append(label)
+            if (mixer_name, mixer) in seen:
+                repeated.setdefault(seen[mixer_name, mixer], []).append(label)
                 continue
-            settings = _mixer_settings(mixer_name, mixer, name, seen)
-            seen[mixer_name, mixer] = name
+            settings, complete = _mixer_settings(mixer_name, mixer, in_full | near)
+            near[mixer_name] = mixer
+            if complete:
+                in_full[f"{mixer_name} of {name}"] = mixer
             token, sequence = _state_sizes(mixer.state(), native.dtype)
             yield f"  {label}", _count(counts[name, mixer_name]), _size(token), _size(sequence), Text(settings)
         for earlier, labels in repeated.items():
             yield f"  as in {earlier}", "", "", "", Text(", ".join(labels))
+        seen = dict.fromkeys(near.items(), name) | seen
 
 
-def _mixer_settings(name: str, mixer: MixerSpec, block: str, seen: Mapping[tuple[str, MixerSpec], str]) -> str:
-    """A mixer's settings, or where that is shorter how they differ from those of one that was `seen` in a block."""
-    ways = [", ".join(_settings(mixer, _defaults(mixer))) if name == mixer.type else describe_settings(mixer)]
-    for (other_name, other), where in seen.items():
+def _notes(block: BlockSpec) -> list[str]:
+    """The settings of a block beside its mixers'."""
+    others = _settings(block, _defaults(block), ("mixer", "mlp", "shared_weights"))
+    return [f"MLP {describe_settings(block.mlp)}", *others]
+
+
+def _common_notes(spec: ModelSpec) -> list[str]:
+    """Those notes that several blocks all share."""
+    first, *others = map(_notes, spec.decoder.blocks.values())
+    return [note for note in first if others and all(note in other for other in others)]
+
+
+def _mixer_settings(name: str, mixer: MixerSpec, others: Mapping[str, MixerSpec]) -> tuple[str, bool]:
+    """A mixer's settings, or how they differ from those of one of the `others` if that is shorter; whether in full."""
+    full = ", ".join(_settings(mixer, _defaults(mixer))) if name == mixer.type else describe_settings(mixer)
+    ways = [full]
+    for label, other in others.items():
         if other.type == mixer.type:
             changes = ", ".join(_settings(mixer, other.model_dump()))
-            relative = other_name if where == block else f"{other_name} of {where}"
-            ways.append(f"as {relative}, but {changes}" if changes else f"as {relative}")
-    return min(ways, key=len)
+            ways.append(f"as {label}, but {changes}" if changes else f"as {label}")
+    shortest = min(ways, key=len)
+    return shortest, shortest == full
 
 
 def _placements(native: NativeConfig) -> Iterator[tuple[RenderableType, ...]]:
@@ -157,6 +180,12 @@ def _state_sizes(states: Iterable[StateTensor], dtype: str) -> tuple[int, int]:
     endless = [tensor for tensor in tensors if tensor.grows and tensor.max_tokens is None]
     bounded = [tensor for tensor in tensors if not tensor.grows or tensor.max_tokens is not None]
     return sum(t.bytes(1, dtype) for t in endless), sum(t.bytes(t.max_tokens or 0, dtype) for t in bounded)
+
+
+def _idle_parameters(spec: ModelSpec) -> int:
+    """Parameters that one token leaves unread: those of the experts it is not sent to."""
+    blocks = dict(zip(spec.decoder.weight_keys, spec.decoder.layers, strict=True)).values()
+    return sum(block.mlp.idle_parameters(spec.hidden_size) for block in blocks)
 
 
 def _beside_mixers(spec: ModelSpec, block: str) -> int:
@@ -205,6 +234,8 @@ def _worded(name: str, value: Any) -> str:
             return f"{name} ({inner})" if inner else name
         case float():
             return f"{name} {value:g}"
+        case [BaseModel(), *_]:
+            return f"{len(value)} {name}"
         case tuple() | list() if len(value) > _MOST_ITEMS:
             return f"{name} ({len(value)} values)"
         case _:

@@ -53,6 +53,7 @@ GATED_MLP: tuple[Fate, ...] = (
 
 PLAIN_MODEL: tuple[Fate, ...] = (
     Fixed("scale_embeddings", False),
+    Fixed("prediction_heads", ()),
     Fixed("logit_softcap", None),
     Fixed("final_norm.type", "rms_norm"),
     Fixed("final_norm.zero_centered", False),

@@ -7,8 +7,11 @@ A leaf is named by its path in `ModelSpec`. `layer.` stands for every kind of bl
 (`layer.mixer.heads`), the name of a kind for that one alone (`sliding_attention.mixer.window`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from gearshift.spec import ModelSpec
 
 REQUIRED: Any = type("Required", (), {"__repr__": lambda self: "REQUIRED"})()
 """The default of a key that must be there."""
@@ -74,6 +77,20 @@ class Derived:
 
 
 @dataclass(frozen=True)
+class Translated:
+    """A key that says in its own way what the leaf at `path`, outside the blocks, holds."""
+
+    key: str
+    path: str
+    read: Callable[[Any, ModelSpec], Any]
+    """(value, the rest of the spec) -> the leaf. ValueError if the value makes no sense."""
+    write: Callable[[ModelSpec], Any]
+    """The spec -> the value. LookupError, with what is wrong, if the family cannot say it."""
+    default: Any = None
+    """What an absent key means."""
+
+
+@dataclass(frozen=True)
 class Carried:
     """A key that nothing the model computes depends on: kept beside the spec, under `name` where that differs."""
 
@@ -106,7 +123,7 @@ class Fixed:
     value: Any
 
 
-Fate = Mapped | Nullable | Constant | Derived | Carried | WeightDtype | Fixed
+Fate = Mapped | Translated | Nullable | Constant | Derived | Carried | WeightDtype | Fixed
 
 
 RUNTIME_ONLY = frozenset(

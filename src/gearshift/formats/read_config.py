@@ -7,7 +7,18 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from gearshift.formats.fates import CARRIED, REQUIRED, Carried, Constant, Derived, Fixed, Mapped, Nullable, WeightDtype
+from gearshift.formats.fates import (
+    CARRIED,
+    REQUIRED,
+    Carried,
+    Constant,
+    Derived,
+    Fixed,
+    Mapped,
+    Nullable,
+    Translated,
+    WeightDtype,
+)
 from gearshift.formats.layers import pattern_of
 from gearshift.formats.leaves import flatten, set_at, value_at
 from gearshift.formats.native import NativeConfig, hint, sentence
@@ -43,6 +54,8 @@ class Reader(NamedTuple):
         trees = self._trees(values)
         kinds = self._layer_kinds(values, trees[None])
         spec = self._spec(trees, kinds)
+        for fate in table.of(Translated):
+            spec = _with_leaf(spec, fate.path, fate.read(values.get(fate.key, fate.default), spec))
         for derived in table.of(Derived):
             self._check_derived(derived, values.get(derived.key), spec)
         carried = {fate.extra: values[fate.key] for fate in table.of(Carried) if values.get(fate.key) is not None}
@@ -177,6 +190,13 @@ class Reader(NamedTuple):
                 raise ValueError(
                     f"{fate.key!r} is {value!r}, but it follows from the other keys that it is {expected!r}"
                 )
+
+
+def _with_leaf(spec: ModelSpec, path: str, value: Any) -> ModelSpec:
+    """The spec with a leaf outside the blocks set; it is checked again."""
+    tree = spec.model_dump()
+    set_at(tree, path, value)
+    return ModelSpec.model_validate(tree)
 
 
 def _look_up(values: Mapping[str, Any], fate: Mapped) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
-from gearshift.formats.fates import Derived, Fate, Fixed, Mapped, Nullable
+from gearshift.formats.fates import Derived, Fate, Fixed, Mapped, Nullable, Translated
 from gearshift.formats.layers import BlockKind, LayerFate
 from gearshift.formats.leaves import block_leaves, model_leaves
 from gearshift.spec.registry import load
@@ -46,7 +46,7 @@ class FateTable:
 
     def __post_init__(self) -> None:
         _once(f"key of the format {self.name!r}", self.keys)
-        answering: list[Mapped | Fixed] = [*self.of(Mapped), *self.of(Fixed)]
+        answering: list[Mapped | Fixed | Translated] = [*self.of(Mapped), *self.of(Fixed), *self.of(Translated)]
         stated = [leaf for fate in answering for leaf in self.answers(fate)]
         _once(f"leaf in the format {self.name!r}", [str(leaf) for leaf in stated])
         for leaf in self._reachable:
@@ -75,8 +75,8 @@ class FateTable:
     def targets(self) -> Mapping[str, tuple[Leaf, ...]]:
         """What each path that a fate speaks of means."""
         mapped = [path for fate in self.of(Mapped) for path in fate.paths]
-        others: list[Fixed | Nullable | Derived] = [*self.of(Fixed), *self.of(Nullable), *self.of(Derived)]
-        single = [fate.path for fate in others]
+        kinds: tuple[type[Any], ...] = (Fixed, Nullable, Derived, Translated)
+        single = [fate.path for kind in kinds for fate in self.of(kind)]
         return {path: self._expand(path) for path in (*mapped, *single)}
 
     def _expand(self, path: str) -> tuple[Leaf, ...]:
@@ -93,7 +93,7 @@ class FateTable:
         """The leaves that a key maps to."""
         return [leaf for path in fate.paths for leaf in self.targets[path]]
 
-    def answers(self, fate: Mapped | Fixed) -> list[Leaf]:
+    def answers(self, fate: Mapped | Fixed | Translated) -> list[Leaf]:
         """The leaves that a fate answers for: of one fixed to null, all that would lie below it."""
         stated = self.leaves(fate) if isinstance(fate, Mapped) else self.targets[fate.path]
         return [leaf for leaf in self._reachable for top in stated if leaf == top or leaf.below(top)]

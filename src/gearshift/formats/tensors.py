@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import combinations
 from typing import Any, Protocol
@@ -28,8 +28,44 @@ from gearshift.spec import BlockSpec, ModelSpec
 KEY = "{layer}"
 EXPERT = "{expert}"
 
+HEAD = "{head}"
+NEXT_HEAD = "{head+1}"
+
 Placed = tuple[Schema, Mapping[str, Expression]]
 """Tensors of theirs, and ours as expressions over them."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where tensors lie: in a layer, in a prediction head, or (without a block) outside of both."""
+
+    key: str | None = None
+    """What stands for the place in a template."""
+    values: Mapping[str, str] = field(default_factory=dict)
+    """What is put for each placeholder."""
+    block: BlockSpec | None = None
+    kind: str | None = None
+    """The block's kind, where the family has several."""
+
+    def fill(self, template: str) -> str:
+        """The template with its placeholders filled in, but for those of experts."""
+        for placeholder, value in self.values.items():
+            template = template.replace(placeholder, value)
+        return template
+
+    def is_for(self, template: "Template") -> bool:
+        """Whether the template speaks of this place."""
+        first = template.names[0]
+        key = next((key for key in (KEY, HEAD) if key in first), None)
+        return key == self.key and (self.kind is None or not template.kinds or self.kind in template.kinds)
+
+
+def _places(spec: ModelSpec, kinds: Mapping[str, str]) -> Iterator[Place]:
+    yield Place()
+    for layer, name in dict(zip(spec.decoder.weight_keys, spec.decoder.layout, strict=True)).items():
+        yield Place(KEY, {KEY: layer}, spec.decoder.blocks[name], kinds[name])
+    for number, head in enumerate(spec.prediction_heads):
+        yield Place(HEAD, {HEAD: str(number), NEXT_HEAD: str(number + 1)}, head.block)
 
 
 class Layout(Protocol):
@@ -76,7 +112,8 @@ class Shaped:
 
 
 class Template(Protocol):
-    """Some of our tensors and those of theirs that hold them; `{layer}` in a name stands for the layer's number."""
+    """Some of our tensors and those of theirs that hold them; `{layer}` in a name stands for the layer's number,
+    `{head}` and `{head+1}` for a prediction head's, from 0 and from 1."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -88,7 +125,7 @@ class Template(Protocol):
         """The names of ours."""
         ...
 
-    def place(self, ours: Mapping[str, TensorInfo], layer: str, block: BlockSpec | None) -> Placed:
+    def place(self, ours: Mapping[str, TensorInfo], place: Place) -> Placed:
         """Of the tensors `ours`, all of `names`: theirs, and ours as expressions over them."""
         ...
 
@@ -106,14 +143,14 @@ class Weight:
     def names(self) -> tuple[str, ...]:
         return (self.ours,)
 
-    def place(self, ours: Mapping[str, TensorInfo], layer: str, block: BlockSpec | None) -> Placed:
+    def place(self, ours: Mapping[str, TensorInfo], place: Place) -> Placed:
         ((name, info),) = ours.items()
-        theirs = self.theirs.replace(KEY, layer)
+        theirs = place.fill(self.theirs)
         if self.layout is None:
             return {theirs: info}, {name: Reference(theirs)}
-        assert block is not None, f"{self.ours}: only a layer's tensor can have a layout"
+        assert place.block is not None, f"{self.ours}: only a block's tensor can have a layout"
         source = TensorInfo(self.layout.shape(info.shape), info.dtype)
-        return {theirs: source}, {name: self.layout.read(Reference(theirs), info.shape, block)}
+        return {theirs: source}, {name: self.layout.read(Reference(theirs), info.shape, place.block)}
 
 
 @dataclass(frozen=True)
@@ -129,8 +166,8 @@ class Fused:
     def names(self) -> tuple[str, ...]:
         return self.ours
 
-    def place(self, ours: Mapping[str, TensorInfo], layer: str, block: BlockSpec | None) -> Placed:
-        theirs = self.theirs.replace(KEY, layer)
+    def place(self, ours: Mapping[str, TensorInfo], place: Place) -> Placed:
+        theirs = place.fill(self.theirs)
         start, made = 0, {}
         for name, info in ours.items():
             stop = start + info.shape[self.dim]
@@ -153,14 +190,14 @@ class Experts:
     def names(self) -> tuple[str, ...]:
         return (self.ours,)
 
-    def place(self, ours: Mapping[str, TensorInfo], layer: str, block: BlockSpec | None) -> Placed:
+    def place(self, ours: Mapping[str, TensorInfo], place: Place) -> Placed:
         ((name, info),) = ours.items()
         experts, rows, *rest = info.shape
         part = TensorInfo((rows // len(self.theirs), *rest), info.dtype)
         source: dict[str, TensorInfo] = {}
         stacked: list[Expression] = []
         for expert in range(experts):
-            names = [theirs.replace(KEY, layer).replace(EXPERT, str(expert)) for theirs in self.theirs]
+            names = [place.fill(theirs).replace(EXPERT, str(expert)) for theirs in self.theirs]
             source |= dict.fromkeys(names, part)
             parts = tuple(Reference(theirs) for theirs in names)
             stacked.append(parts[0] if len(parts) == 1 else Concatenate(parts, 0))
@@ -208,16 +245,11 @@ class Tensors:
         """
         source: dict[str, TensorInfo] = {}
         made: dict[str, Expression] = {}
-        layers = zip(spec.decoder.weight_keys, spec.decoder.layout, strict=True)
-        places = [("", None), *dict(layers).items()]
-        for layer, name in places:
-            block = None if name is None else spec.decoder.blocks[name]
+        for place in _places(spec, kinds):
             for template in self.weights:
-                if (KEY in template.names[0]) != (name is not None) or (name and not _is_for(template, kinds[name])):
-                    continue
-                names = [ours.replace(KEY, layer) for ours in template.names]
-                if all(ours in target for ours in names):
-                    theirs, expressions = template.place({ours: target[ours] for ours in names}, layer, block)
+                names = [place.fill(ours) for ours in template.names]
+                if place.is_for(template) and all(ours in target for ours in names):
+                    theirs, expressions = template.place({ours: target[ours] for ours in names}, place)
                     source |= theirs
                     made |= expressions
         if missing := [name for name in target if name not in made]:
@@ -267,10 +299,6 @@ class Tensors:
 def _theirs(template: Template) -> tuple[str, ...]:
     theirs = getattr(template, "theirs", ())
     return (theirs,) if isinstance(theirs, str) else tuple(theirs)
-
-
-def _is_for(template: Template, kind: str) -> bool:
-    return not template.kinds or kind in template.kinds
 
 
 def check_present(wanted: Schema, source: Schema) -> None:

@@ -5,7 +5,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gearshift.formats.base import InexpressibleError
-from gearshift.formats.fates import CARRIED, Carried, Constant, Derived, Fixed, Mapped, Nullable, WeightDtype
+from gearshift.formats.fates import (
+    CARRIED,
+    Carried,
+    Constant,
+    Derived,
+    Fixed,
+    Mapped,
+    Nullable,
+    Translated,
+    WeightDtype,
+)
 from gearshift.formats.leaves import set_at, value_at
 from gearshift.formats.native import NativeConfig
 from gearshift.formats.read_config import KEPT
@@ -50,6 +60,11 @@ class Writer(NamedTuple):
         self._write_mapped(config, spec, kinds, kept)
         for derived in table.of(Derived):
             set_at(config, derived.key, self._common(derived.key, table.targets[derived.path], spec, kinds))
+        for translated in table.of(Translated):
+            try:
+                set_at(config, translated.key, translated.write(spec))
+            except LookupError as error:
+                raise self.refusal(str(error.args[0])) from None
         self._write_layers(config, [kinds[name] for name in spec.decoder.layout], kept)
         for constant in table.of(Constant):
             if constant.write:

@@ -61,6 +61,19 @@ def convolve(
     return mixed.split([x.shape[-1] for x in streams], dim=-1)
 
 
+def run_convolutions(
+    streams: Sequence[Tensor],
+    convolutions: Sequence[ShortConvolution],
+    context: MixContext,
+    state: MixerState | None,
+    activation: str,
+) -> Sequence[Tensor]:
+    """`convolve` with the weights of `convolutions`, all of which have a bias or none has."""
+    biases = [convolution.bias for convolution in convolutions if convolution.bias is not None]
+    weights = [convolution.weight for convolution in convolutions]
+    return convolve(streams, weights, context, state, biases or None, activation)
+
+
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, context: MixContext | None) -> Tensor:
     if x.is_cuda:
         run = kernel("fla.modules.causal_conv1d:causal_conv1d")

@@ -1,6 +1,6 @@
 """The recurrence of Mamba (arXiv 2312.00752): every channel has a state of its own, each number with its own decay.
 
-Over a state h [channels, state_size], with A negative and steps dt positive (equation 2, discretised as in section 3.6):
+Over a state h [channels, state_size], with A negative and steps dt positive (equation 2a, discretised as in section 3):
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t        y_t = h_t C_t
 
@@ -55,8 +55,8 @@ def chunked_selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """The same in chunks, with few and large operations. float32, shapes as above.
 
-    Every chunk is run from a zero state, all at once; what a chunk starts from then decays by exp(A (dt_1 + ... + dt_t))
-    and is added. Sums of steps only grow and no factor is above one, so any decay gives a small relative error.
+    All chunks run from a zero state at once; what is left of the state that a chunk starts from is added afterwards.
+    Steps are only added up and no factor is above one, so any decay gives a small relative error.
     `lengths` are the tokens of each packed document: every document starts from a zero state, and the last state is
     that of the last document. Differentiable in everything.
     """
@@ -68,20 +68,19 @@ def chunked_selective_scan(
     x, step, b, c = (layout.chunked(tensor) for tensor in (x, step, b, c))
     rate = rate.unflatten(0, (groups, -1)).repeat(batch, 1, 1)[:, None]
 
-    written, elapsed = step * x, step.cumsum(2)
+    decays = [(now[..., None] * rate).exp() for now in step.unbind(2)]
     state = x.new_zeros(*x.shape[:2], x.shape[-1], b.shape[-1])
     fresh = []
-    for token in range(x.shape[2]):
-        decayed = (step[:, :, token, :, None] * rate).exp() * state
-        state = decayed + written[:, :, token, :, None] * b[:, :, token, None]
-        fresh.append((state @ c[:, :, token, :, None]).squeeze(-1))
+    for decay, written, at, seen in zip(decays, *(y.unbind(2) for y in (step * x, b, c)), strict=True):
+        state = torch.addcmul(decay * state, written[..., None], at[..., None, :])
+        fresh.append((state @ seen[..., None]).squeeze(-1))
 
     initial = None if initial_state is None else initial_state.float().reshape(-1, *state.shape[2:])
-    starts, final = _starts((elapsed[:, :, -1, :, None] * rate).exp(), state, initial, layout.starts)
+    remembered, final = _starts((step.sum(2)[..., None] * rate).exp(), state, initial, layout.starts)
     kept = []
-    for token in range(x.shape[2]):
-        remembered = (elapsed[:, :, token, :, None] * rate).exp() * starts
-        kept.append((remembered @ c[:, :, token, :, None]).squeeze(-1))
+    for decay, seen in zip(decays, c.unbind(2), strict=True):
+        remembered = decay * remembered
+        kept.append((remembered @ seen[..., None]).squeeze(-1))
     output = torch.stack(fresh, dim=2) + torch.stack(kept, dim=2)
     return layout.unchunked(output, batch).flatten(2), final.reshape(batch, channels, -1)
 
@@ -102,16 +101,14 @@ def selective_scan(
         elif x.is_cuda:
             output, final = _fused(x, step.float(), rate.float(), b, c, initial, context)
         else:
-            wide = (tensor.float() for tensor in (x, step, rate, b, c))
-            output, final = chunked_selective_scan(*wide, initial, context.document_lengths)
+            x, step, rate, b, c = (tensor.float() for tensor in (x, step, rate, b, c))
+            output, final = chunked_selective_scan(x, step, rate, b, c, initial, context.document_lengths)
     if state is not None:
         state["recurrent"] = final
     return output.to(x.dtype) if x.is_cuda else output
 
 
-def _starts(
-    factors: Tensor, added: Tensor, state: Tensor | None, resets: frozenset[int]
-) -> tuple[Tensor, Tensor]:
+def _starts(factors: Tensor, added: Tensor, state: Tensor | None, resets: frozenset[int]) -> tuple[Tensor, Tensor]:
     """The state at each chunk's start, shaped as `added` [sequences, chunks, channels, state_size], and the last one.
 
     state_(n+1) = factors_n state_n + added_n, from zero at the chunks in `resets`.
@@ -134,13 +131,13 @@ def _fused(
     A token whose step is endless goes in front of each document but the first and clears the state. The scan is linear
     in its first state, so what that one adds is computed apart.
     """
-    inputs, places = (x, step.to(x.dtype), b.to(x.dtype), c.to(x.dtype)), None
+    inputs, places = [x, step.to(x.dtype), b.to(x.dtype), c.to(x.dtype)], None
     if context.cu_seqlens is not None and context.documents is not None:
         places = context.documents[0] + torch.arange(context.tokens, device=x.device)
         total = context.tokens + len(context.cu_seqlens) - 2
         reset = min(RESET, torch.finfo(x.dtype).max)
         fills = (0.0, reset, 0.0, 0.0)
-        inputs = tuple(_spread(tensor, places, total, fill) for tensor, fill in zip(inputs, fills, strict=True))
+        inputs = [_spread(tensor, places, total, fill) for tensor, fill in zip(inputs, fills, strict=True)]
     over_channels, over_steps = (tensor.transpose(1, 2).contiguous() for tensor in inputs[:2])
     written, read = (tensor.permute(0, 2, 3, 1).contiguous() for tensor in inputs[2:])
     output, final = kernel(SCAN)(over_channels, over_steps, rate, written, read, return_last_state=True)

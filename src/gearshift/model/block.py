@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from gearshift.mixers.base import MixContext, Mixer, MixerState
 from gearshift.mixers.norm import norm, norm_start
 from gearshift.plan import Initialiser
-from gearshift.spec import MIXERS, MLPS, BlockSpec, StochasticMixerSpec
+from gearshift.spec import MIXERS, MLPS, BlockSpec, PredictionHeadSpec, StochasticMixerSpec
 
 
 def named_modules(modules: Mapping[str, nn.Module]) -> nn.ModuleDict:
@@ -31,6 +31,24 @@ class StochasticMixer(nn.Module):
         super().__init__()
         self.main = spec.main
         self.mixers = named_modules({name: MIXERS[m.type].load()(m, hidden_size) for name, m in spec.mixers.items()})
+
+
+class PredictionHead(nn.Module):
+    """A block and a norm that make of what the last layer reads the hidden states of a token further ahead."""
+
+    def __init__(self, spec: PredictionHeadSpec, hidden_size: int):
+        super().__init__()
+        self.spec = spec
+        self.block = Block(spec.block, hidden_size)
+        self.norm = norm(spec.norm, hidden_size)
+
+    def starts(self) -> dict[str, Initialiser]:
+        """The norm; the block answers for itself."""
+        return {"norm.weight": norm_start(self.spec.norm)}
+
+    def forward(self, hidden: Tensor, context: MixContext) -> Tensor:
+        """[batch, tokens, hidden] before the last layer -> [batch, tokens, hidden] before the model's head."""
+        return self.norm(self.block(hidden, context, self.spec.block.main))
 
 
 class Block(nn.Module):

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from gearshift.mixers.base import MixContext
 from gearshift.mixers.norm import norm, norm_start
-from gearshift.model.block import Block, named_modules
+from gearshift.model.block import Block, PredictionHead, named_modules
 from gearshift.model.cache import GearshiftCache
 from gearshift.model.config import GearshiftConfig
 from gearshift.model.start import EMBEDDING, start
@@ -20,6 +21,15 @@ from gearshift.plan import Initialiser
 from gearshift.spec import Placement, resolve_placement
 
 PlacementLike = str | Placement | Iterable[str]
+
+
+@runtime_checkable
+class Configured(Protocol):
+    """A module that follows a setting of the run, such as `experts_implementation`, in the model's config."""
+
+    def configure(self, config: GearshiftConfig) -> None:
+        """Follow `config` from now on."""
+        ...
 
 
 class GearshiftPreTrainedModel(PreTrainedModel):
@@ -38,6 +48,19 @@ class GearshiftPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         self.spec = config.model_spec
         self._placement: Placement | None = None
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, so that modules without parameters of their own are started too: they answer for their children's."""
+        return False
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As transformers', with `eager`, which runs everywhere, where nothing is asked for."""
+        return super().get_correct_experts_implementation(requested_experts or "eager")
 
     @property
     def presets(self) -> dict[str, Placement]:
@@ -88,6 +111,22 @@ class GearshiftPreTrainedModel(PreTrainedModel):
         start(module)
 
 
+@dataclass
+class DecoderOutput(BaseModelOutputWithPast):
+    """transformers', and what the prediction heads make of it."""
+
+    hidden_states_ahead: tuple[Tensor, ...] | None = None
+    """Of each prediction head, [batch, tokens, hidden] after its norm."""
+
+
+@dataclass
+class CausalLMOutput(CausalLMOutputWithPast):
+    """transformers', and what the prediction heads say."""
+
+    prediction_logits: tuple[Tensor, ...] | None = None
+    """Of each prediction head, [batch, tokens, vocabulary]: the first is about the token after the next one."""
+
+
 class GearshiftModel(GearshiftPreTrainedModel):
     """Embeddings, blocks and the final norm."""
 
@@ -99,6 +138,10 @@ class GearshiftModel(GearshiftPreTrainedModel):
         # A block with shared weights is one entry here, whatever the number of layers that run it.
         self.layers = named_modules({key: Block(block, spec.hidden_size) for key, block in owners.items()})
         self.norm = norm(spec.final_norm, spec.hidden_size)
+        self.prediction_heads = nn.ModuleList(PredictionHead(head, spec.hidden_size) for head in spec.prediction_heads)
+        for module in self.modules():
+            if isinstance(module, Configured):
+                module.configure(config)
         self.post_init()
 
     def starts(self) -> dict[str, Initialiser]:
@@ -150,11 +193,13 @@ class GearshiftModel(GearshiftPreTrainedModel):
         use_cache: bool | None = None,
         placement: PlacementLike | None = None,
         cu_seqlens: Tensor | None = None,
+        prediction_heads: bool = False,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> DecoderOutput:
         """input_ids [batch, tokens] or inputs_embeds [batch, tokens, hidden] -> last_hidden_state after the final norm.
 
-        `placement` names the mixers to run; `cu_seqlens` [documents + 1] packs documents into a batch of one.
+        `placement` names the mixers to run; `cu_seqlens` [documents + 1] packs documents into a batch of one. With
+        `prediction_heads`, also the hidden states of the heads for tokens further ahead, which have no cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -171,13 +216,17 @@ class GearshiftModel(GearshiftPreTrainedModel):
         past = 0 if cache is None else cache.get_seq_length()
         if cache is not None and cu_seqlens is not None:
             raise ValueError("packed documents cannot be used with a cache: pass use_cache=False or separate documents")
+        if prediction_heads and cache is not None:
+            raise ValueError("prediction heads cannot be used with a cache: pass use_cache=False")
         context = self.context(hidden, attention_mask, position_ids, cu_seqlens, past)
         states = [None] * len(chosen) if cache is None else cache.states
         for block, mixer, state in zip(self.blocks, chosen, states, strict=True):
+            trunk = hidden
             hidden = block(hidden, context, mixer, state)
+        ahead = tuple(head(trunk, context) for head in self.prediction_heads) if prediction_heads else None
         if cache is not None:
             cache.advance(context.tokens)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=cache)
+        return DecoderOutput(last_hidden_state=self.norm(hidden), past_key_values=cache, hidden_states_ahead=ahead)
 
 
 class Head(nn.Linear):
@@ -224,11 +273,13 @@ class GearshiftForCausalLM(GearshiftPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         placement: PlacementLike | None = None,
         cu_seqlens: Tensor | None = None,
+        prediction_heads: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutput:
         """input_ids [batch, tokens] -> logits [batch, tokens, vocabulary] (the last `logits_to_keep` of them, 0: all).
 
-        With `labels` [batch, tokens] also the mean cross-entropy of the next token, in nats.
+        With `labels` [batch, tokens] also the mean cross-entropy of the next token, in nats; with `prediction_heads`
+        also `prediction_logits`, of the heads for tokens further ahead.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -239,13 +290,19 @@ class GearshiftForCausalLM(GearshiftPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             placement=placement,
             cu_seqlens=cu_seqlens,
+            prediction_heads=prediction_heads,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        ahead = outputs.hidden_states_ahead
+        if ahead is not None:
+            ahead = tuple(self.lm_head(hidden[:, keep]) for hidden in ahead)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.spec.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutput(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, prediction_logits=ahead
+        )
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As transformers'; spelled out so that `generate` lets `placement=` pass."""

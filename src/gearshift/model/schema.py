@@ -48,8 +48,8 @@ def initial(spec: ModelSpec) -> dict[str, Initialiser]:
     return started
 
 
-def parameter_counts(spec: ModelSpec) -> tuple[dict[tuple[str, str], int], int]:
-    """Parameters of each mixer by (block, name), and of everything else that decoding reads."""
+def parameter_counts(spec: ModelSpec, batch: int = 1) -> tuple[dict[tuple[str, str], int], int]:
+    """Parameters of each mixer by (block, name), and of everything else that decoding `batch` sequences reads."""
     model = skeleton(spec)
     counts: dict[tuple[str, str], int] = {}
     for name, key in zip(spec.decoder.layout, spec.decoder.weight_keys, strict=True):
@@ -62,6 +62,7 @@ def parameter_counts(spec: ModelSpec) -> tuple[dict[tuple[str, str], int], int]:
         for key, block in zip(spec.decoder.weight_keys, spec.decoder.layers, strict=True)
         for part in (*norm_names(block), "mlp")
     )
+    layers -= sum(block.mlp.idle_parameters(spec.hidden_size, batch) for block in spec.decoder.layers)
     # A step reads one row of the embedding table, the final norm, and the whole head, tied or not.
     return counts, layers + (spec.vocab_size + 2) * spec.hidden_size
 
@@ -72,7 +73,7 @@ def _elements(module: nn.Module) -> int:
 
 def cost_table(spec: ModelSpec, dtype: str, context: int = 8192, batch: int = 1) -> CostTable:
     """The default cost model: bytes moved to decode one token (see `decode_cost`), weights and caches in `dtype`."""
-    counts, shared = parameter_counts(spec)
+    counts, shared = parameter_counts(spec, batch)
     size = DTYPE_BYTES[dtype]
     weights = {key: count * size for key, count in counts.items()}
     return decode_cost(spec, weights, shared * size, dtype, context, batch)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
+from gearshift.plan.ahead import made_ahead
 from gearshift.plan.draws import initialise
 from gearshift.plan.expressions import (
     Cast,
@@ -34,6 +36,9 @@ PROGRESS_FILE = ".gearshift-progress.json"
 
 _KEPT_BYTES = 512 * 2**20
 """The most that is held back in memory for targets to come: a layer's shared projections fit, a model does not."""
+
+_AHEAD_BYTES = 256 * 2**20
+"""The most that is made before it can be written: enough to keep the disk busy."""
 
 # Goes into the digest of a run: to be raised when the same plan comes to give other bytes.
 _BYTES_VERSION = 1
@@ -124,15 +129,18 @@ def execute(
     _resume_or_start_over(out, _digest(plan, shards, seed, fingerprint))
     report = progress or (lambda count: None)
     unfinished = [shard for shard in shards if not shard.finished(out)]
-    needed = [plan.expressions[name] for shard in unfinished for name in shard.names]
-    checked = CheckedSource(source, needed, min(_KEPT_BYTES, shard_bytes))
-    for shard in shards:
-        if shard in unfinished:
-            write_shard(
-                shard, out, plan.target, lambda name: evaluate(plan.expressions[name], checked, seed, name), report
-            )
-        else:
-            report(shard.bytes)
+    names = [name for shard in unfinished for name in shard.names]
+    checked = CheckedSource(source, [plan.expressions[name] for name in names], min(_KEPT_BYTES, shard_bytes))
+
+    def make(name: str) -> torch.Tensor:
+        return evaluate(plan.expressions[name], checked, seed, name)
+
+    with closing(made_ahead(names, make, lambda name: plan.target[name].bytes, _AHEAD_BYTES)) as tensors:
+        for shard in shards:
+            if shard in unfinished:
+                write_shard(shard, out, plan.target, tensors, report)
+            else:
+                report(shard.bytes)
     if len(shards) > 1:
         write_index(shards, out, plan.target)
     (out / PROGRESS_FILE).unlink()

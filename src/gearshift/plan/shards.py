@@ -7,14 +7,16 @@ shard is streamed, one tensor in memory at a time, where the safetensors library
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
-from gearshift.plan.expressions import DTYPE_BYTES, Schema
+from gearshift.plan.expressions import DTYPE_BYTES, Schema, TensorInfo
 from gearshift.plan.sources import info_of
 
 assert sys.byteorder == "little", "safetensors files are little-endian, and tensors are written as they lie in memory"
@@ -22,6 +24,8 @@ assert sys.byteorder == "little", "safetensors files are little-endian, and tens
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PARTIAL = ".partial"
+
+_FLUSHED_AT_ONCE = 1 << 26
 
 _SAFETENSORS_DTYPE = {
     "bool": "BOOL",
@@ -94,27 +98,45 @@ def _shard(file: str, names: list[str], schema: Schema, metadata: Mapping[str, s
 
 
 def write_shard(
-    shard: Shard, folder: Path, schema: Schema, value: Callable[[str], torch.Tensor], wrote: Callable[[int], None]
+    shard: Shard, folder: Path, schema: Schema, tensors: Iterator[torch.Tensor], wrote: Callable[[int], None]
 ) -> None:
     """Write one shard under a temporary name, then rename it, so that under its own name it is always whole.
 
-    `value` is called for each tensor in turn, `wrote` with the bytes of each. On any error the temporary file is
-    removed and the error goes on, OSError for a full disk included.
+    The next of `tensors` are the shard's, in its order; `wrote` is called with the bytes of each. On any error the
+    temporary file is removed and the error goes on, OSError for a full disk included.
     """
     path = folder / shard.file
     partial = path.with_name(path.name + PARTIAL)
     try:
         with partial.open("wb") as file:
             file.write(shard.header)
+            flushed = 0
             for name in shard.names:
-                tensor = value(name)
-                assert info_of(tensor) == schema[name], f"{name}: {info_of(tensor)} instead of {schema[name]}"
-                file.write(_bytes_of(tensor).numpy().data)
+                _write(file, name, next(tensors), schema[name])
                 wrote(schema[name].bytes)
+                flushed = _begin_flush(file, flushed)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _write(file: BinaryIO, name: str, tensor: torch.Tensor, info: TensorInfo) -> None:
+    assert info_of(tensor) == info, f"{name}: {info_of(tensor)} instead of {info}"
+    file.write(_bytes_of(tensor).numpy().data)
+
+
+def _begin_flush(file: BinaryIO, flushed: int) -> int:
+    """Have the system write out what was added since the position `flushed`, once it is enough; where it then is.
+
+    Left to itself Linux collects gigabytes first, and the disk idles meanwhile. Pages said not to be needed it begins
+    to write out at once, without anybody waiting for it.
+    """
+    position = file.tell()
+    if position - flushed < _FLUSHED_AT_ONCE or not hasattr(os, "posix_fadvise"):
+        return flushed
+    os.posix_fadvise(file.fileno(), flushed, position - flushed, os.POSIX_FADV_DONTNEED)
+    return position
 
 
 def write_index(shards: list[Shard], folder: Path, schema: Schema) -> None:

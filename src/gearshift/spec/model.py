@@ -82,6 +82,25 @@ class BlockSpec(Spec):
         return self.mixer.main if isinstance(self.mixer, StochasticMixerSpec) else self.mixer.type
 
 
+class PredictionHeadSpec(Spec):
+    """A head for a token further ahead (arXiv 2404.19737): a block of its own, then a norm, then the model's head.
+
+    It reads what the last layer reads. Its block has a plain mixer, so no placement concerns it.
+    """
+
+    block: BlockSpec
+    """The block."""
+    norm: NormSpec = NormSpec()
+    """The norm before the model's head."""
+
+    @field_validator("block")
+    @classmethod
+    def _check(cls, block: BlockSpec) -> BlockSpec:
+        if isinstance(block.mixer, StochasticMixerSpec):
+            raise ValueError("the block of a prediction head has one mixer, not a stochastic one")
+        return block
+
+
 class DecoderSpec(Spec):
     """A stack of blocks: a pattern of block names, repeated to the number of layers, the last repeat cut short."""
 
@@ -140,6 +159,8 @@ class ModelSpec(Spec):
     """The norm before the head."""
     decoder: DecoderSpec
     """The stack of blocks."""
+    prediction_heads: tuple[PredictionHeadSpec, ...] = ()
+    """Heads beside the usual one: the first predicts the token after the next one, and so on."""
 
     @field_validator("decoder")
     @classmethod
@@ -153,6 +174,15 @@ class ModelSpec(Spec):
             except ValueError as error:
                 raise ValueError(f"block {name!r}: {error}") from None
         return decoder.model_copy(update={"blocks": blocks})
+
+    @field_validator("prediction_heads")
+    @classmethod
+    def _resolve_heads(cls, heads: tuple[PredictionHeadSpec, ...], info: Any) -> tuple[PredictionHeadSpec, ...]:
+        if "hidden_size" not in info.data:
+            return heads
+        mixers = [head.block.mixer.resolved(info.data["hidden_size"]) for head in heads]
+        blocks = [head.block.model_copy(update={"mixer": mixer}) for head, mixer in zip(heads, mixers, strict=True)]
+        return tuple(head.model_copy(update={"block": block}) for head, block in zip(heads, blocks, strict=True))
 
     @property
     def choices(self) -> tuple[tuple[str, ...], ...]:

@@ -77,3 +77,7 @@ class MLPSpec(Spec):
 
     type: str
     """The kind of MLP, as registered under `gearshift.mlps`."""
+
+    def idle_parameters(self, hidden_size: int, tokens: int = 1) -> int:
+        """How many parameters a step over `tokens` tokens is expected not to read."""
+        return 0

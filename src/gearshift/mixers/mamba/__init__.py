@@ -58,8 +58,8 @@ class MambaSpec(MixerSpec):
         xb = self.xb_size or hidden_size
         if xb % self.state_size or inner % xb:
             raise ValueError(
-                f"heads of {self.state_size} channels (state_size) do not fit: xb_size {xb} must be a multiple of that, "
-                f"and inner_size {inner} a multiple of xb_size"
+                f"xb_size {xb} must be a multiple of state_size {self.state_size}, the channels of a head, and "
+                f"inner_size {inner} a multiple of xb_size"
             )
         return resolved.model_copy(update={"xb_size": xb})
 
@@ -67,7 +67,7 @@ class MambaSpec(MixerSpec):
     def conv_channels(self) -> int:
         """Channels of the convolution. Needs a resolved spec."""
         assert self.inner_size is not None, "conv_channels needs a resolved spec"
-        if self.projection == "classic" or self.repeat_kv_before_conv:
+        if self.repeat_kv_before_conv:
             return self.inner_size
         assert self.xb_size is not None, "conv_channels needs a resolved spec"
         return self.xb_size

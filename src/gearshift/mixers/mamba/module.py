@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
-from gearshift.mixers.convolution import ShortConvolution, convolve
+from gearshift.mixers.convolution import ShortConvolution, run_convolutions
 from gearshift.mixers.kernels import check_kernels, kernel
 from gearshift.mixers.mamba import MambaSpec
 from gearshift.mixers.norm import norm, norm_start
@@ -99,12 +99,10 @@ class Mamba(Mixer):
         return Projected(context.mask_padding(x), selection, self.gate_proj(hidden))
 
     def core(self, inputs: Projected, context: MixContext, state: MixerState | None) -> Mixed:
-        biases = None if self.conv.bias is None else [self.conv.bias]
-        (x,) = convolve([inputs.x], [self.conv.weight], context, state, biases, self.spec.activation)
+        (x,) = run_convolutions([inputs.x], [self.conv], context, state, self.spec.activation)
         # Masked again: a bias in the convolution makes something of nothing.
         x = context.mask_padding(x)
-        if not (self.spec.projection == "classic" or self.spec.repeat_kv_before_conv):
-            x = self._shared(x)
+        x = x if self.spec.repeat_kv_before_conv else self._shared(x)
         selection = self._selection(x.to(inputs.x.dtype)) if inputs.selection is None else inputs.selection
         step = self.dt_up_proj(selection.dt).float()
         if self.dt_bias is not None:

@@ -1,0 +1,121 @@
+"""Mamba-2 as a module: plain PyTorch on any device, flash-linear-attention on CUDA."""
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
+from gearshift.mixers.convolution import ShortConvolution, run_convolutions
+from gearshift.mixers.gated_norm import GroupedGatedRMSNorm
+from gearshift.mixers.kernels import check_kernels
+from gearshift.mixers.mamba2 import Mamba2Spec
+from gearshift.mixers.state_space_dual import state_space_dual
+from gearshift.plan import Constant, Initialiser, InverseSoftplusLogUniform, LogUniform, Normal, Uniform
+
+PROJECTIONS = ("gate", "x", "b", "c", "dt", "o")
+CONVOLUTIONS = ("x", "b", "c")
+
+
+class Projected(NamedTuple):
+    """What the core reads, before the convolutions, and what the output step adds."""
+
+    x: Tensor
+    """[batch, tokens, heads * head_dim]"""
+    b: Tensor
+    """[batch, tokens, groups * state_size]"""
+    c: Tensor
+    """[batch, tokens, groups * state_size]"""
+    dt: Tensor
+    """[batch, tokens, heads], before its bias and its softplus."""
+    gate: Tensor
+    """[batch, tokens, heads * head_dim], the output gate before its activation."""
+
+
+class Mixed(NamedTuple):
+    """The core's result, beside the gate that waits for it; both [batch, tokens, heads * head_dim]."""
+
+    output: Tensor
+    gate: Tensor
+
+
+class Mamba2(Mixer):
+    """State space duality between short convolutions and a gated norm (arXiv 2405.21060)."""
+
+    sharding: ClassVar[dict[str, Sharding]] = {
+        **{f"{name}_proj.{kind}": "column" for name in PROJECTIONS[:-1] for kind in ("weight", "bias")},
+        **{f"{name}_conv.{kind}": "column" for name in CONVOLUTIONS for kind in ("weight", "bias")},
+        "A_log": "column",
+        "D": "column",
+        "dt_bias": "column",
+        "norm.weight": "column",
+        "o_proj.weight": "row",
+        "o_proj.bias": "replicated",
+    }
+
+    def __init__(self, spec: Mamba2Spec, hidden_size: int):
+        super().__init__(spec, hidden_size)
+        assert spec.heads is not None, "a module needs a resolved spec"
+        assert spec.norm_groups is not None, "a module needs a resolved spec"
+        inner, shared, bias = spec.heads * spec.head_dim, spec.groups * spec.state_size, spec.projection_bias
+        self.gate_proj = nn.Linear(hidden_size, inner, bias=bias)
+        self.x_proj = nn.Linear(hidden_size, inner, bias=bias)
+        self.b_proj = nn.Linear(hidden_size, shared, bias=bias)
+        self.c_proj = nn.Linear(hidden_size, shared, bias=bias)
+        self.dt_proj = nn.Linear(hidden_size, spec.heads, bias=bias)
+        self.x_conv = ShortConvolution(inner, spec.conv_kernel, spec.conv_bias)
+        self.b_conv = ShortConvolution(shared, spec.conv_kernel, spec.conv_bias)
+        self.c_conv = ShortConvolution(shared, spec.conv_kernel, spec.conv_bias)
+        self.A_log = nn.Parameter(torch.zeros(spec.heads))
+        self.D = nn.Parameter(torch.ones(spec.heads))
+        self.dt_bias = nn.Parameter(torch.zeros(spec.heads))
+        self.norm = GroupedGatedRMSNorm(inner, spec.norm_groups, spec.norm_epsilon, spec.norm_before_gate)
+        self.o_proj = nn.Linear(inner, hidden_size, bias=bias)
+
+    def project(self, hidden: Tensor, context: MixContext) -> Projected:
+        return Projected(
+            x=context.mask_padding(self.x_proj(hidden)),
+            b=context.mask_padding(self.b_proj(hidden)),
+            c=context.mask_padding(self.c_proj(hidden)),
+            dt=self.dt_proj(hidden),
+            gate=self.gate_proj(hidden),
+        )
+
+    def core(self, inputs: Projected, context: MixContext, state: MixerState | None) -> Mixed:
+        convolutions = (self.x_conv, self.b_conv, self.c_conv)
+        streams = (inputs.x, inputs.b, inputs.c)
+        x, b, c = run_convolutions(streams, convolutions, context, state, self.spec.activation)
+        # Masked again: a bias in the convolution makes something of nothing.
+        x = context.mask_padding(x).unflatten(-1, (-1, self.spec.head_dim))
+        b, c = (stream.unflatten(-1, (-1, self.spec.state_size)) for stream in (b, c))
+        step = F.softplus(inputs.dt.float() + self.dt_bias.float()).clamp(*self.spec.time_step_limit)
+        decay = -self.A_log.float().exp() * step
+        output = state_space_dual(c, b, (x * step[..., None]).to(x.dtype), decay, context, state)
+        output = (output + self.D.float()[:, None] * x).to(x.dtype)
+        return Mixed(output.flatten(2), inputs.gate)
+
+    def features(self, result: Mixed) -> Tensor:
+        return self.norm(result.output, result.gate)
+
+    @classmethod
+    def check_device(cls, device: torch.device, learning: bool) -> None:
+        check_kernels(device, learning)
+
+    @classmethod
+    def initialisers(cls, spec: Mamba2Spec, hidden_size: int) -> dict[str, Initialiser]:
+        """Rates uniform in 1 to 16 and steps log-uniform in 0.001 to 0.1, as published (arXiv 2405.21060)."""
+        bound = spec.conv_kernel**-0.5
+        started: dict[str, Initialiser] = {
+            **{f"{name}_proj.weight": Normal(std=0.02) for name in PROJECTIONS},
+            **{f"{name}_conv.weight": Uniform(-bound, bound) for name in CONVOLUTIONS},
+            "A_log": LogUniform(1.0, 16.0),
+            "D": Constant(1.0),
+            "dt_bias": InverseSoftplusLogUniform(0.001, 0.1, floor=1e-4),
+            "norm.weight": Constant(1.0),
+        }
+        if spec.projection_bias:
+            started |= {f"{name}_proj.bias": Constant(0.0) for name in PROJECTIONS}
+        if spec.conv_bias:
+            started |= {f"{name}_conv.bias": Constant(0.0) for name in CONVOLUTIONS}
+        return started

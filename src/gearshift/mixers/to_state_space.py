@@ -1,0 +1,37 @@
+"""What the Mamba mixers take from attention: C from its queries, B from its keys, x from its values, and its output."""
+
+from gearshift.mixers.attention import AttentionSpec
+from gearshift.mixers.base import Start
+from gearshift.plan import Constant, LastTap, Reference, Repeat, Reshape
+
+
+def projections(source: AttentionSpec, hidden_size: int, heads: int) -> dict[str, Start]:
+    """The four projections, with the keys and values of the attention repeated in place for `heads` heads of B and x.
+
+    Linear attention without its softmax is this recurrence (arXiv 2408.15237, section 2; 2408.10189, section 3), a head
+    for a head. `heads` is a multiple of the attention's kv_heads and divides its heads. Its biases stay behind.
+    """
+    assert source.kv_heads is not None, "a transfer needs a resolved spec"
+    assert source.head_dim is not None, "a transfer needs a resolved spec"
+    made: dict[str, Start] = {"c_proj.weight": Reference("q_proj.weight"), "o_proj.weight": Reference("o_proj.weight")}
+    for name, taken in (("b_proj.weight", "k_proj.weight"), ("x_proj.weight", "v_proj.weight")):
+        kept = Reshape(Reference(taken), (source.kv_heads, source.head_dim, hidden_size))
+        repeated = Repeat(kept, 0, heads // source.kv_heads)
+        shape = (heads * source.head_dim, hidden_size)
+        made[name] = Reshape(repeated, shape) if heads > source.kv_heads else Reference(taken)
+    return made
+
+
+def convolution(name: str, activation: str, bias: bool) -> dict[str, Start]:
+    """A convolution that starts as the identity; as half of it, like a delta rule's, if an activation follows."""
+    made: dict[str, Start] = {f"{name}.weight": LastTap(1.0 if activation == "linear" else 0.5)}
+    return made | {f"{name}.bias": Constant(0.0)} if bias else made
+
+
+def check_state(source: AttentionSpec, target: str, state_size: int) -> None:
+    """ValueError unless the state is as wide as a head of the attention's queries and keys."""
+    if state_size != source.head_dim:
+        raise ValueError(
+            f"a {target} with state_size {state_size} cannot start from attention with head_dim {source.head_dim}: "
+            f"leave state_size out or use init: random"
+        )
