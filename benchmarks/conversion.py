@@ -1,12 +1,12 @@
 """Throughput and memory of a conversion against `cp -r` of the same files, in the same run.
 
-    python benchmarks/conversion.py [--gigabytes 1 4] [--shards 4] [--runs 7]
+    python benchmarks/conversion.py [--gigabytes 1 4] [--shards 4] [--runs 7] [--pause 0]
 
-For each size makes a random Llama-shaped bfloat16 checkpoint, then takes turns: `cp -r`, the plain conversion to the
-Gearshift format (the same bytes out) and the one with the quickstart's surgery (more bytes out). Each time includes
-flushing what was written to the disk; start-up and imports are not counted. The share of cp is the median over the
-rounds of the bytes a second beside those of `cp -r` in the same round. Peak memory is what was resident beyond the
-process as it was after its imports, mapped pages of the source included.
+For each size makes a random Llama-shaped bfloat16 checkpoint, then takes turns, in a rotating order: `cp -r`, the plain
+conversion to the Gearshift format (the same bytes out) and the one with the quickstart's surgery (more bytes out). Each
+time includes flushing what was written to the disk; start-up and imports are not counted. The share of cp is the median
+over the rounds of the bytes a second beside those of `cp -r` in the same round. Peak memory is what was resident beyond
+the process as it was after its imports, mapped pages of the source included.
 """
 
 import argparse
@@ -40,6 +40,11 @@ class Run(NamedTuple):
     bytes: int
     peak: int
     """Bytes resident at most."""
+
+    @property
+    def speed(self) -> float:
+        """Bytes a second."""
+        return self.bytes / self.seconds
 
 
 def make(folder: Path, size: float, shard_count: int) -> None:
@@ -102,7 +107,7 @@ def timed(work: Callable[[], object], out: Path) -> Run:
     return Run(seconds, size, status("VmHWM"))
 
 
-def measure(scratch: Path, size: float, shard_count: int, rounds: int, idle: int) -> Table:
+def measure(scratch: Path, size: float, shard_count: int, rounds: int, pause: float, idle: int) -> Table:
     """Every way of conversion at one size."""
     surgery = load_surgery(SURGERY)
     source, out = scratch / "source", scratch / "out"
@@ -115,17 +120,23 @@ def measure(scratch: Path, size: float, shard_count: int, rounds: int, idle: int
     }
     for work in ways.values():
         timed(work, out)
-    measured = [{name: timed(work, out) for name, work in ways.items()} for _ in range(rounds)]
+    measured: list[dict[str, Run]] = []
+    for number in range(rounds):
+        order = [*ways][number % len(ways) :] + [*ways][: number % len(ways)]
+        measured.append({})
+        for name in order:
+            time.sleep(pause)
+            measured[-1][name] = timed(ways[name], out)
     shutil.rmtree(source)
     title = f"{size / 1e9:g} GB, largest shard {shard / 1e6:.0f} MB, {rounds} rounds"
     table = Table("what", "seconds (median)", "min - max", "GB written", "share of cp", "peak memory", title=title)
     for name in ways:
-        seconds = [round[name].seconds for round in measured]
+        seconds = [runs[name].seconds for runs in measured]
         shares = [
             round[name].bytes / round[name].seconds * round["cp -r"].seconds / round["cp -r"].bytes
             for round in measured
         ]
-        peak = max(round[name].peak for round in measured) - idle
+        peak = max(runs[name].peak for runs in measured) - idle
         table.add_row(
             name,
             f"{statistics.median(seconds):.2f}",
@@ -142,11 +153,12 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0, 4.0])
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds before each, for a disk that allows bursts")
     options = parser.parse_args()
     idle = status("VmRSS")
     for gigabytes in options.gigabytes:
         with tempfile.TemporaryDirectory(dir=".") as scratch:
-            table = measure(Path(scratch), gigabytes * 1e9, options.shards, options.runs, idle)
+            table = measure(Path(scratch), gigabytes * 1e9, options.shards, options.runs, options.pause, idle)
         Console(width=110).print(table)
 
 

@@ -44,7 +44,7 @@ def listing(folder: Path) -> set[str]:
 
 
 def test_help_of_every_verb() -> None:
-    verbs = ("convert", "info", "train", "eval", "search", "export", "generate", "quickstart")
+    verbs = ("convert", "info", "diff", "train", "eval", "search", "export", "generate", "quickstart")
     shown = succeed("--help").output
     for verb in verbs:
         assert verb in shown
@@ -63,7 +63,7 @@ def test_info(work: Path) -> None:
     shown = succeed("info", work / "supernet").output
     assert "attention (main)" in shown
     assert "x 4" in shown
-    resolved = json.loads(succeed("info", work / "supernet", "--resolved").output)
+    resolved = yaml.safe_load(succeed("info", work / "supernet", "--resolved").output)
     assert resolved["spec"]["decoder"]["blocks"]["layer"]["mixer"]["mixers"]["window"]["window"] == 128
 
 
@@ -139,6 +139,7 @@ def test_search_names_presets_and_export_and_generate_use_them(work: Path, tmp_p
         (["convert", "{work}/source", "{new}", "--dtype", "int3"], "unknown dtype"),
         (["convert", "{work}/source"], "OUT"),
         (["info", "{work}"], "config.json"),
+        (["diff", "{work}/source", "{work}/nowhere"], "there is no"),
         (["train", "{work}/none.yaml"], "cannot be read"),
         (["eval", "{work}/supernet", "--placement", "gdn*3", "--text", "{work}/text.txt"], "names 3 layers"),
         (["eval", "{work}/supernet", "--placement", "mamba*4", "--text", "{work}/text.txt"], "no mixer 'mamba'"),

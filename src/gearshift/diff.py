@@ -155,18 +155,20 @@ def _comparable(native: NativeConfig, other: ModelSpec) -> dict[str, Any]:
 
 
 def _changes(path: str, a: Any, b: Any) -> Iterator[Change]:
-    a, b = (
-        dict(enumerate(value))
-        if isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
-        else value
-        for value in (a, b)
-    )
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        for key in (*a, *(key for key in b if key not in a)):
+    left, right = _by_key(a), _by_key(b)
+    if left is not None and right is not None:
+        for key in (*left, *(key for key in right if key not in left)):
             below = f"{path}.{key}" if path else str(key)
-            yield from _changes(below, a.get(key, Missing.MISSING), b.get(key, Missing.MISSING))
+            yield from _changes(below, left.get(key, Missing.MISSING), right.get(key, Missing.MISSING))
     elif a != b:
         yield Change(path, a, b)
+
+
+def _by_key(value: Any) -> Mapping[Any, Any] | None:
+    """What a setting is made of: a mapping, or the mappings of a list by number. None for a leaf."""
+    if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+        return dict(enumerate(value))
+    return value if isinstance(value, Mapping) else None
 
 
 def _common_names(schema: Schema, spec: ModelSpec, other: ModelSpec) -> dict[str, str]:
@@ -179,8 +181,8 @@ def _common_names(schema: Schema, spec: ModelSpec, other: ModelSpec) -> dict[str
             inner[f"model.layers.{key}.mixer."] = f"model.layers.{key}.mixer.mixers.{main}."
     names = {}
     for name in schema:
-        block, mixer, rest = name.partition(".mixer.")
-        names[inner.get(block + mixer, block + mixer) + rest] = name
+        layer, mixer, rest = name.partition(".mixer.")
+        names[inner.get(layer + mixer, layer + mixer) + rest] = name
     return names
 
 

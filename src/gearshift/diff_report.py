@@ -85,13 +85,12 @@ def _tensors(tensors: Sequence[TensorDifference], everything: bool) -> Iterator[
     if not everything and len(groups) > _MOST_ROWS:
         groups = list(_by_layers((t.name, t, (t.a, t.b)) for t in tensors))
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column("  tensor", overflow="fold")
-    for header in ("max |a-b|\n/ max |a|", "\nmax |a-b|", "elements\nthat differ"):
+    for header in ("  max |a-b|\n  / max |a|", "\nmax |a-b|", "elements\nthat differ"):
         table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("")
+    table.add_column("\ntensor", overflow="fold")
     shown = groups if everything else groups[:_MOST_ROWS]
     for label, alike in shown:
-        table.add_row(Text(f"  {label}"), *_measured(alike), _infos(alike[0]))
+        table.add_row(*_measured(alike), Text(f"{label}  {_infos(alike[0])}"))
     yield table
     if len(shown) < len(groups):
         yield _more(len(groups) - len(shown))

@@ -34,7 +34,7 @@ def mixer(**settings: object) -> DiscreteMamba2:
 
 
 def matrix(ours: DiscreteMamba2, x: Tensor) -> Tensor:
-    """The definition in float64, y = (L o (C B^T) + D) x for each head (arXiv 2408.10189, section 3), with a gate."""
+    """The definition in float64, y = (L o (C B^T) + D) x for each head (arXiv 2408.10189), with a gate."""
     spec = ours.spec
     at = {name: parameter.double() for name, parameter in ours.named_parameters()}
     x = x.double()

@@ -3,13 +3,17 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
 
 from gearshift.formats.base import Format, InexpressibleError
-from gearshift.formats.documents import copy_documents, read_json
-from gearshift.formats.folder import SafetensorsSource
+from gearshift.formats.documents import copy_documents, in_one_line, read_json
+from gearshift.formats.folder import open_weights
+from gearshift.formats.layout import PICKLE, SAFETENSORS
 from gearshift.formats.native import NativeConfig
 from gearshift.formats.registry import FORMATS
 from gearshift.plan import Plan, Schema, prevailing_dtype
@@ -18,6 +22,7 @@ from gearshift.spec.parts import DTYPE_BYTES
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model")
+_WEIGHTS = (SAFETENSORS.suffix, PICKLE.suffix, ".pt", ".pth", ".ckpt")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _COMPARED_AT_ONCE = 1 << 24
 CONFIG = "config.json"
@@ -50,39 +55,61 @@ class Checkpoint:
         self._copy(out)
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Open a folder, a .gguf file, a .safetensors file beside its `config.json`, or a hub name such as `org/name`.
+def open_checkpoint(source: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
+    """Open a folder, a .gguf file, a file of weights beside its `config.json`, or a hub name such as `org/name`.
+
+    Pickles are refused unless they are allowed; then they are loaded with torch's `weights_only`.
 
     Raises FileNotFoundError where there is no such thing, and ValueError, naming the file, for what is wrong in it.
     """
+    try:
+        return _open(source, allow_pickle)
+    except ValueError as error:
+        raise ValueError(in_one_line(str(error))) from None
+
+
+def _open(source: str | Path, allow_pickle: bool) -> Checkpoint:
     path = Path(source)
     if path.is_dir():
-        return _open_folder(path, path.resolve().name)
+        return _open_folder(path, path.resolve().name, allow_pickle)
     if path.suffix == ".gguf" and path.is_file():
         from gearshift.formats.gguf.checkpoint import open_gguf
 
         return open_gguf(path)
     if path.is_file():
-        if path.suffix != ".safetensors" and path.name != CONFIG:
+        if path.suffix not in _WEIGHTS and path.name != CONFIG:
             raise ValueError(f"{path} is neither a model folder nor a .gguf or .safetensors file")
-        return _open_folder(path.parent, path.parent.resolve().name)
+        return _open_folder(path.parent, path.parent.resolve().name, allow_pickle, _alone(path))
     if _HUB_NAME.fullmatch(str(source)):
-        return _open_folder(_download(str(source)), str(source))
+        return _open_folder(_download(str(source), allow_pickle), str(source), allow_pickle)
     raise FileNotFoundError(f"there is no {source}: name a model folder, a .gguf file or a hub model such as org/name")
 
 
-def _download(name: str) -> Path:
+def _alone(path: Path) -> Path | None:
+    """The file itself if it holds weights and no index of its folder counts it among the shards."""
+    if path.name == CONFIG or any((path.parent / layout.index_file).is_file() for layout in (SAFETENSORS, PICKLE)):
+        return None
+    return path
+
+
+def _download(name: str, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
 
+    def download(*patterns: str) -> Path:
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"]))
+
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*", "consolidated*"]))
+        folder = download(*_HUB_FILES)
+        if allow_pickle and not any(folder.glob(f"*{SAFETENSORS.suffix}")):
+            folder = download(*_HUB_FILES, f"*{PICKLE.suffix}")
     except Exception as error:  # the hub's client raises what its network stack does, and that is not one family
         raise FileNotFoundError(
             f"there is no folder {name}, and the hub could not give it: {_first_line(error)} ({type(error).__name__})"
         ) from error
+    return folder
 
 
-def _open_folder(folder: Path, name: str) -> Checkpoint:
+def _open_folder(folder: Path, name: str, allow_pickle: bool, file: Path | None = None) -> Checkpoint:
     config = folder / CONFIG
     if not config.is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG}: it is not a model folder")
@@ -91,8 +118,8 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
         format = FORMATS.for_model_type(raw.get("model_type"))
         native = format.to_native(raw)
     except ValueError as error:
-        raise ValueError(f"{config}: {error}") from None
-    tensors = SafetensorsSource(folder)
+        raise ValueError(f"{config}: {error}{_newer(raw)}") from None
+    tensors = open_weights(folder, file, allow_pickle)
     if not any(raw.get(key) for key in _DTYPE_KEYS):
         native = replace(native, dtype=prevailing_dtype(tensors.schema))
     if format.model_type != "gearshift":
@@ -107,9 +134,15 @@ def build_plan(format: Format, native: NativeConfig, source: Source, where: Path
     from gearshift.model import schema
 
     try:
-        plan = format.import_plan(native.spec, schema(native.spec, native.dtype), source.schema)
+        target = schema(native.spec, native.dtype)
+    except (RuntimeError, TypeError, OverflowError) as error:  # what torch says of sizes that no tensor can have
+        raise ValueError(f"{where}: there can be no model as its config describes: {_first_line(error)}") from None
     except (ValueError, KeyError) as error:  # a KeyError is an activation that transformers does not have
         raise ValueError(f"{where}: {error.args[0]}") from None
+    try:
+        plan = format.import_plan(native.spec, target, source.schema)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     for name, info in plan.target.items():
         if info.dtype not in DTYPE_BYTES:
             raise ValueError(
@@ -151,6 +184,19 @@ def choose_format(native: NativeConfig) -> tuple[Format, str]:
         else:
             return FORMATS[name], f"transformers' own {name!r} classes can express it, so that any engine can run it"
     return own, f"no class of transformers can express it: {first_reason}"
+
+
+def _newer(raw: Mapping[str, Any]) -> str:
+    """What to add to an error about a config that a newer transformers wrote than is installed."""
+    import transformers
+
+    try:
+        written, installed = Version(str(raw.get("transformers_version"))), Version(transformers.__version__)
+    except InvalidVersion:
+        return ""
+    if written <= installed:
+        return ""
+    return f" (transformers {written} wrote this config, a newer version than {installed}, which is installed: update)"
 
 
 def _first_line(error: Exception) -> str:

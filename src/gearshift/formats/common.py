@@ -113,31 +113,38 @@ ATTENTION: tuple[Fate, ...] = (
 )
 """Attention with grouped heads."""
 
-ROTARY: tuple[Fate, ...] = (
-    mapped("rope_parameters.rope_type", "layer.mixer.rotary.type"),
-    mapped("rope_parameters.rope_theta", "layer.mixer.rotary.theta"),
-    *(
-        optional(f"rope_parameters.{name}", f"layer.mixer.rotary.{name}")
-        for name in (
-            "factor",
-            "original_max_position_embeddings",
-            "attention_factor",
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-            "truncate",
-            "low_freq_factor",
-            "high_freq_factor",
-            "short_factor",
-            "long_factor",
-        )
-    ),
-    Constant("rope_parameters.partial_rotary_factor", 1.0, same=(None,), write=False),
-    Fixed("layer.mixer.rotary.share", 1.0),
-    Constant("rope_parameters.mrope_section", None, write=False),
-)
-"""Rotary positions on all channels of a head."""
+
+def rotary(key: str, kind: str = "layer") -> tuple[Fate, ...]:
+    """Rotary positions on all channels of a head, of one kind of block or of all, under the keys within `key`."""
+    leaf = f"{kind}.mixer.rotary"
+    return (
+        optional(f"{key}.rope_type", f"{leaf}.type"),
+        optional(f"{key}.rope_theta", f"{leaf}.theta"),
+        *(
+            optional(f"{key}.{name}", f"{leaf}.{name}")
+            for name in (
+                "factor",
+                "original_max_position_embeddings",
+                "attention_factor",
+                "beta_fast",
+                "beta_slow",
+                "mscale",
+                "mscale_all_dim",
+                "truncate",
+                "low_freq_factor",
+                "high_freq_factor",
+                "short_factor",
+                "long_factor",
+            )
+        ),
+        Constant(f"{key}.partial_rotary_factor", 1.0, same=(None,), write=False),
+        Fixed(f"{leaf}.share", 1.0),
+        Constant(f"{key}.mrope_section", None, write=False),
+    )
+
+
+ROTARY = rotary("rope_parameters")
+"""The same rotary positions in all layers."""
 
 _LAYER = "model.layers.{layer}"
 

@@ -20,6 +20,9 @@ TOKENIZER_FILES = (
 )
 """What makes up a tokenizer, its chat template included. A model card or a license is the source's own."""
 
+_DEEPEST = 100
+_LONGEST = 1000
+
 _NOT_KEPT = ("transformers_version", "_from_model_config", "cache_implementation")
 """Settings of generation that are about the class that ran the source, not about the text."""
 
@@ -27,12 +30,47 @@ _NOT_KEPT = ("transformers_version", "_from_model_config", "cache_implementation
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. ValueError, naming the file, if it holds something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     return value
+
+
+def parse_json(text: bytes) -> Any:
+    """What a JSON text says. ValueError if it is none, if it has a key twice, or if it is nested absurdly deep."""
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_object)
+        _check_depth(value)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has the key {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
+
+
+def _check_depth(value: Any) -> None:
+    """RecursionError beyond what any checkpoint has: code that walks such a value by recursion would fail later."""
+    level, depth = [value], 0
+    while level:
+        if (depth := depth + 1) > _DEEPEST:
+            raise RecursionError
+        below = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for items in below for item in items if isinstance(item, dict | list)]
+
+
+def in_one_line(text: str) -> str:
+    """A text as one printable line that a person can take in: of what is very long, the beginning and the end."""
+    line = " ".join(text.split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 200]} ... {line[-195:]}"
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -1,11 +1,11 @@
 """Headers of safetensors files, checked before anything is believed of them."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gearshift.formats.documents import parse_json
 from gearshift.plan import TensorInfo
 from gearshift.plan.expressions import DTYPE_BYTES
 
@@ -53,8 +53,8 @@ def read_header(path: Path) -> tuple[dict[str, Stored], bytes]:
             raise ValueError(f"{path} is corrupt: its header would be {length} bytes long")
         header = file.read(length)
     try:
-        entries = json.loads(header)
-    except (ValueError, RecursionError) as error:
+        entries = parse_json(header)
+    except ValueError as error:
         raise ValueError(f"the header of {path} is corrupt: it is not valid JSON ({error})") from None
     if not isinstance(entries, dict):
         raise ValueError(f"the header of {path} is corrupt: it is not a JSON object")

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from gearshift.mixers.base import MixContext, MixerState
-from gearshift.mixers.chunked_delta_rule import _Layout
+from gearshift.mixers.chunks import ChunkLayout
 from gearshift.mixers.kernels import kernel
 
 SCAN = "mamba_ssm.ops.selective_scan_interface:selective_scan_fn"
 CHUNK_SIZE = 32
-"""Tokens of a chunk, a power of two. All chunks go token by token at once, then one chunk follows the other, so that
-1,024 tokens take 32 steps of either kind."""
+"""Tokens of a chunk, a power of two: all chunks go token by token at once, then one chunk follows the other. On a CPU
+32, 64 and 128 are equally fast for 1,024 tokens."""
 RESET = 1e20
 """A step after which no state is left: exp(-1e20 exp(A_log)) is zero for every A_log above -41."""
 
@@ -62,7 +62,7 @@ def chunked_selective_scan(
     """
     batch, tokens, channels = x.shape
     groups = b.shape[2]
-    layout = _Layout(lengths or [tokens], chunk_size)
+    layout = ChunkLayout(lengths or [tokens], chunk_size)
     x, step = (tensor.unflatten(-1, (groups, -1)) for tensor in (x, step))
     # Each [batch * groups, chunks, tokens of a chunk, channels of a group or state_size].
     x, step, b, c = (layout.chunked(tensor) for tensor in (x, step, b, c))

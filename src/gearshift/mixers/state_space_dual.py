@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gearshift.mixers.base import MixContext, MixerState
-from gearshift.mixers.chunked_delta_rule import CHUNK_SIZE, _Layout
+from gearshift.mixers.chunks import CHUNK_SIZE, ChunkLayout
 from gearshift.mixers.kernels import kernel
 
 
@@ -55,7 +55,7 @@ def chunked_state_space_dual(
     """
     batch, tokens, heads, head_dim = value.shape
     share = heads // key.shape[2]
-    layout = _Layout(lengths or [tokens], chunk_size)
+    layout = ChunkLayout(lengths or [tokens], chunk_size)
     query, key, value, decay = (layout.chunked(x) for x in (query, key, value, decay[..., None]))
 
     pairs = _decay_between(decay)

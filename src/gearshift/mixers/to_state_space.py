@@ -8,7 +8,7 @@ from gearshift.plan import Constant, LastTap, Reference, Repeat, Reshape
 def projections(source: AttentionSpec, hidden_size: int, heads: int) -> dict[str, Start]:
     """The four projections, with the keys and values of the attention repeated in place for `heads` heads of B and x.
 
-    Linear attention without its softmax is this recurrence (arXiv 2408.15237, section 2; 2408.10189, section 3), a head
+    Linear attention without its softmax is this recurrence (arXiv 2408.15237, 2408.10189), a head
     for a head. `heads` is a multiple of the attention's kv_heads and divides its heads. Its biases stay behind.
     """
     assert source.kv_heads is not None, "a transfer needs a resolved spec"

@@ -37,7 +37,7 @@ PROGRESS_FILE = ".gearshift-progress.json"
 _KEPT_BYTES = 512 * 2**20
 """The most that is held back in memory for targets to come: a layer's shared projections fit, a model does not."""
 
-_AHEAD_BYTES = 256 * 2**20
+_AHEAD_BYTES = 128 * 2**20
 """The most that is made before it can be written: enough to keep the disk busy."""
 
 # Goes into the digest of a run: to be raised when the same plan comes to give other bytes.

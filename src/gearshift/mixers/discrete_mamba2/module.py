@@ -40,7 +40,7 @@ class Mixed(NamedTuple):
 
 
 class DiscreteMamba2(Mixer):
-    """Linear attention with a decay a head between short convolutions and a gate (arXiv 2408.10189, section 3)."""
+    """Linear attention with a decay a head between short convolutions and a gate (arXiv 2408.10189)."""
 
     sharding: ClassVar[dict[str, Sharding]] = {
         **{f"{name}_proj.{kind}": "column" for name in PROJECTIONS[:-1] for kind in ("weight", "bias")},

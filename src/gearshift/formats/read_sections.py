@@ -1,0 +1,207 @@
+"""A config made of sections as a spec."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from gearshift.formats.fates import CARRIED, REQUIRED, Carried, Constant, Fixed, Mapped, WeightDtype
+from gearshift.formats.leaves import flatten, set_at
+from gearshift.formats.native import hint, sentence
+from gearshift.formats.read_config import _check_constant as check_constant
+from gearshift.formats.sections import (
+    Agreed,
+    Inner,
+    Named,
+    Repeated,
+    Section,
+    SectionFate,
+    Stated,
+    Values,
+    keys_of,
+    paths_of,
+)
+
+
+@dataclass
+class _Here:
+    """A section that is being read."""
+
+    section: Section
+    raw: Mapping[str, Any]
+    given: Mapping[str, Any]
+    """Its own keys, flat, by their own names."""
+    values: Values
+    where: str
+    """Its place in the config."""
+    path: str
+    """Its place in our spec."""
+    tree: dict[str, Any] = field(default_factory=dict)
+    """What the fates have made of it."""
+
+    def value(self, key: str, default: Any) -> Any:
+        """A key's value, or what its absence means."""
+        value = self.given.get(key)
+        if value is None:
+            if default is REQUIRED:
+                raise ValueError(f"the key {key!r} is missing")
+            value = default(self.values) if callable(default) else default
+        self.values[key] = value
+        return value
+
+
+@dataclass
+class SectionReader:
+    """Reads one config, and gathers what it says beside the spec."""
+
+    dtype: str | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+    """What is carried of the outermost section, under the names of `CARRIED`."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """What else is carried, by the path in our spec of what it belongs to."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know."""
+
+    def read(self, section: Section, raw: Any, where: str = "", path: str = "", outer: Values | None = None) -> Any:
+        """The spec that `raw` describes; `where` is its place in the config, `path` that in our spec.
+
+        ValueError that names the key if there is anything in `raw` that the section cannot say.
+        """
+        raw = _mapping(raw, where)
+        here = _Here(section, raw, _flat(section, raw, where), (outer or Values()).new_child(), where, path)
+        try:
+            for fate in section.fates:
+                self._take(fate, here)
+            for fate in section.fates:
+                if isinstance(fate, Stated) and (wrong := fate.check(here.values)):
+                    raise ValueError(f"{fate.key!r}: {wrong}")
+            return section.spec.model_validate(here.tree)
+        except ValidationError as error:
+            raise _Placed(_told(section, error, where)) from None
+        except _Placed:
+            raise
+        except ValueError as error:
+            raise _Placed(f"{where}: {error}" if where else str(error)) from None
+
+    def _take(self, fate: SectionFate, here: _Here) -> None:
+        """Do what a fate says with the keys that it is of."""
+        match fate:
+            case Fixed():
+                set_at(here.tree, fate.path, fate.value)
+            case Inner():
+                set_at(here.tree, fate.path, self._inner(fate, here))
+            case Constant():
+                check_constant(here.given.get(fate.key, fate.value), fate)
+            case WeightDtype():
+                self.dtype = str(here.given.get(fate.key) or "").removeprefix("torch.") or None
+            case Carried():
+                value = here.given.get(fate.key, here.section.defaults.get(fate.key))
+                if value is not None:
+                    outermost = not here.path and fate.extra in CARRIED
+                    (self.extras if outermost else self.kept)[_below(here.path, fate.extra)] = value
+            case Stated():
+                here.value(fate.key, fate.default)
+                if fate.note and here.given.get(fate.key) is not None:
+                    self.notes.append(fate.note)
+            case Repeated():
+                expected = here.values[fate.of]
+                value = here.value(fate.key, expected)
+                if value != expected:
+                    raise ValueError(f"{fate.key!r} is {value!r}, but {fate.of!r} is {expected!r} for the whole model")
+                for leaf in paths_of(fate):
+                    set_at(here.tree, leaf, value)
+            case Agreed() | Mapped():
+                found = [here.value(key, fate.default) for key in keys_of(fate)]
+                if any(value != found[0] for value in found):
+                    said = ", ".join(f"{key!r} is {value!r}" for key, value in zip(keys_of(fate), found, strict=True))
+                    raise ValueError(f"{said}: Gearshift has one setting for all of them")
+                for leaf in paths_of(fate):
+                    set_at(here.tree, leaf, found[0])
+
+    def _inner(self, fate: Inner, here: _Here) -> Any:
+        """The spec, or for a `Named` fate the specs by name, that a key holds."""
+        path, where = _below(here.path, fate.path), _below(here.where, fate.key)
+        if not fate.key:
+            chosen, section = _choice(fate, here.raw, where)
+            return self.read(section, _part(chosen, section), where, path, here.values) if section else None
+        raw = here.value(fate.key, fate.absent)
+        if not isinstance(fate, Named):
+            chosen, section = _choice(fate, _mapping(raw, where), where)
+            return self.read(section, chosen, where, path, here.values) if section else None
+        wanted = fate.wanted(here.values)
+        specs = {}
+        for name, each in _mapping(raw, where).items():
+            if wanted is not None and name not in wanted:
+                self.notes.append(f"left out {where}.{name}, which no layer uses")
+                continue
+            inside = f"{where}.{name}"
+            chosen, section = _choice(fate, _mapping(each, inside), inside)
+            specs[name] = self.read(section, chosen, inside, f"{path}.{name}", here.values) if section else None
+        return specs
+
+
+def _choice(fate: Inner, raw: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], Section | None]:
+    """The section that the word in `raw` stands for, and the keys beside the word."""
+    if callable(fate.by):
+        word: Any = fate.by(raw)
+    else:
+        word = raw.get(fate.by, fate.default)
+        where = _below(where, fate.by)
+        raw = {key: value for key, value in raw.items() if key != fate.by}
+    if not isinstance(word, str) or word not in fate.choices:
+        raise _Placed(f"{where!r} is {word!r}: known are {', '.join(map(repr, fate.choices))}")
+    return raw, fate.choices[word]
+
+
+class _Placed(ValueError):
+    """An error that says where in the config it is."""
+
+
+def _mapping(raw: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(raw, Mapping):
+        raise _Placed(f"{where or 'the config'!r} must hold a mapping, not {raw!r}")
+    return raw
+
+
+def _flat(section: Section, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The section's keys that are there, by their own names. ValueError for one that is not known."""
+    guests = [
+        guest
+        for fate in section.fates
+        if isinstance(fate, Inner) and not fate.key and (guest := _choice(fate, raw, where)[1])
+    ]
+    theirs = {key for guest in guests for key in _part(raw, guest)} - set(_part(raw, section))
+    own = {key: value for key, value in raw.items() if key not in theirs}
+    known = [*section.keys, *section.aliases]
+    flat: dict[str, Any] = {}
+    for key, value in flatten(own, section.nested).items():
+        if key not in known and not (value is None and key in section.nested):
+            others = [name for guest in guests for name in (*guest.keys, *guest.aliases)]
+            raise _Placed(f"unknown key {_below(where, str(key))!r}: {hint(str(key), [*known, *others])}")
+        name = section.aliases.get(key, key)
+        if value is not None and flat.get(name, value) != value:
+            raise _Placed(f"{_below(where, key)!r} is {value!r}, but it is said to be {flat[name]!r} elsewhere")
+        if value is not None:
+            flat[name] = value
+    return flat
+
+
+def _part(raw: Mapping[str, Any], section: Section) -> dict[str, Any]:
+    """Of several sections' keys in one mapping, those of `section`."""
+    first = {key.partition(".")[0] for key in (*section.keys, *section.aliases)}
+    return {key: value for key, value in raw.items() if key in first}
+
+
+def _below(above: str, name: str) -> str:
+    return ".".join(filter(None, (above, name)))
+
+
+def _told(section: Section, error: ValidationError, where: str) -> str:
+    """A validation error in the words of the config."""
+    path = ".".join(map(str, error.errors()[0]["loc"]))
+    message = sentence(error).partition(": ")[2]
+    for fate in section.fates:
+        if path in paths_of(fate) and (keys := keys_of(fate)):
+            return f"{_below(where, keys[0])!r}: {message}"
+    return f"{where or 'config'}: {message}" if path == "" else f"{where or 'config'}: {path}: {message}"

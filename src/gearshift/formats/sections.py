@@ -1,0 +1,147 @@
+"""Configs that name their blocks freely and nest their settings: a table of fates for each section of them.
+
+A section is a mapping in the config and the spec that it describes: the model, a block, a mixer of one kind. Its keys
+and the spec's leaves have the fates of `fates`, and those below; each has exactly one, checked when it is built. A key
+within a mapping is written with a dot; a null counts as an absent key. A default may be a function of `Values`.
+"""
+
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gearshift.formats.fates import REQUIRED, Carried, Constant, Fixed, Mapped, WeightDtype
+from gearshift.formats.leaves import _walk as leaves_of
+from gearshift.formats.table import _once as once
+from gearshift.spec import Spec
+
+Values = ChainMap[str, Any]
+"""The values of a section's keys as far as they are read, and behind them those of the sections around it."""
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """Several keys that must have one value, which the leaf at `path` holds."""
+
+    keys: tuple[str, ...]
+    path: str
+    default: Any = REQUIRED
+    """The value of each that is absent."""
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A key that, where it is there, must agree with the key `of` of a section around this one."""
+
+    key: str
+    of: str
+    path: str | None = None
+    """The leaf that has this value, if one does."""
+
+
+@dataclass(frozen=True)
+class Stated:
+    """A key that no leaf holds, because others say the same: the defaults of keys after it may be made from it."""
+
+    key: str
+    default: Any = None
+    check: Callable[[Values], str | None] = lambda values: None
+    """What is wrong with the section's values, if anything is."""
+    write: Callable[[Any], Any] | None = None
+    """The value to write for a spec; None if the key is not written."""
+    note: str = ""
+    """What a person should know where the key is there."""
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A key that holds another section, one of several kinds."""
+
+    key: str
+    """Empty for a section whose keys lie among those of this one."""
+    path: str
+    choices: Mapping[str, "Section | None"]
+    """Word -> the section that it stands for; None if the leaf at `path` is null. The first that fits is written."""
+    by: str | Callable[[Mapping[str, Any]], str] = "type"
+    """The key within that holds the word, or what finds the word from the keys."""
+    default: str = ""
+    """The word where that key is absent."""
+    absent: Any = REQUIRED
+    """What is read where the whole section is absent."""
+
+
+@dataclass(frozen=True)
+class Named(Inner):
+    """A key that holds sections by names of the config's own choosing."""
+
+    wanted: Callable[[Values], Iterable[str] | None] = lambda values: None
+    """The names of those that are of any use; None for all."""
+
+
+SectionFate = Mapped | Constant | Carried | WeightDtype | Fixed | Agreed | Repeated | Stated | Inner
+
+
+@dataclass(frozen=True)
+class Section:
+    """Raises ValueError if a key or a leaf of the spec has not exactly one fate."""
+
+    name: str
+    spec: type[Spec]
+    fates: tuple[SectionFate, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of keys: alias -> key."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What absent keys that are carried mean."""
+
+    def __post_init__(self) -> None:
+        leaves = list(leaves_of(self.spec, ""))
+        once(f"key of {self.name}", [*self.keys, *self.aliases])
+        once(f"leaf of {self.name}", [leaf for fate in self.fates for leaf in _answered(fate, leaves)])
+        for path in (path for fate in self.fates for path in paths_of(fate)):
+            if not any(_above(path, leaf) or _above(leaf, path) for leaf in leaves):
+                raise ValueError(f"{self.name} speaks of a leaf {path!r} that our spec does not have")
+        if bare := [leaf for leaf in leaves if not any(leaf in _answered(fate, leaves) for fate in self.fates)]:
+            raise ValueError(f"{self.name} gives the leaf {bare[0]!r} of our spec no fate: map or fix it")
+        for alias, key in self.aliases.items():
+            if key not in self.keys:
+                raise ValueError(f"{self.name} translates {alias!r} to {key!r}, which has no fate")
+
+    @property
+    def keys(self) -> list[str]:
+        """Every key that has a fate."""
+        return [key for fate in self.fates for key in keys_of(fate) if key]
+
+    @property
+    def type(self) -> Any:
+        """The value of `type` that its specs have; None if any."""
+        return next((fate.value for fate in self.fates if isinstance(fate, Fixed) and fate.path == "type"), None)
+
+    @property
+    def nested(self) -> frozenset[str]:
+        """The keys that hold mappings of keys."""
+        parts = [key.split(".") for key in (*self.keys, *self.aliases)]
+        return frozenset(".".join(part[:count]) for part in parts for count in range(1, len(part)))
+
+
+def keys_of(fate: SectionFate) -> tuple[str, ...]:
+    """The keys that a fate is of."""
+    if isinstance(fate, Agreed):
+        return fate.keys
+    return () if isinstance(fate, Fixed) else (fate.key,)
+
+
+def paths_of(fate: SectionFate) -> tuple[str, ...]:
+    """The leaves that a fate is of, or what lies above them."""
+    if isinstance(fate, Mapped):
+        return fate.paths
+    path = None if isinstance(fate, Constant | Carried | WeightDtype | Stated) else fate.path
+    return () if path is None else (path,)
+
+
+def _above(path: str, leaf: str) -> bool:
+    return leaf == path or leaf.startswith(f"{path}.")
+
+
+def _answered(fate: SectionFate, leaves: list[str]) -> list[str]:
+    """The leaves that a fate answers for. An item of a leaf stands for the whole of it."""
+    return [leaf for path in paths_of(fate) for leaf in leaves if _above(path, leaf) or _above(leaf, path)]
