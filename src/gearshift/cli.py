@@ -44,6 +44,9 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan as a tree, read and write nothing.")
     ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read SOURCE's weights from pickles where it has no safetensors.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a checkpoint into a Gearshift one, changed by surgeries."""
@@ -52,7 +55,7 @@ def convert(
     from gearshift.progress import bar
     from gearshift.surgery import load_surgery
 
-    conversion = plan_conversion(source, [load_surgery(path) for path in surgery or []], dtype)
+    conversion = plan_conversion(source, [load_surgery(path) for path in surgery or []], dtype, allow_pickle)
     if dry_run:
         out.print(render(conversion.plan))
         return

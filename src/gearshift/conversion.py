@@ -68,19 +68,22 @@ class Conversion:
         )
 
 
-def convert(source: str | Path, surgeries: Sequence[Surgery] = (), dtype: str | None = None) -> Conversion:
+def convert(
+    source: str | Path, surgeries: Sequence[Surgery] = (), dtype: str | None = None, allow_pickle: bool = False
+) -> Conversion:
     """Plan the conversion of a checkpoint of any format to a Gearshift one, changed by surgeries.
 
     Args:
         source: a folder, a .gguf file or a hub name.
         surgeries: what to change, in order.
         dtype: of all weights; the source's if None.
+        allow_pickle: whether weights may be read from pickles (see `open_checkpoint`).
 
     Raises FileNotFoundError or ValueError, before any weight is read, for what is wrong with either.
     """
     if dtype is not None and dtype not in DTYPE_BYTES:
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPE_BYTES)}")
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, allow_pickle=allow_pickle)
     spec, plan = operate(checkpoint.native.spec, checkpoint.schema, surgeries, dtype)
     native = replace(_with_spec(checkpoint.native, spec), dtype=dtype or checkpoint.native.dtype)
     return Conversion(

@@ -1,7 +1,6 @@
-"""GGUF files, written by the gguf package as llama.cpp's converter lays them out."""
+"""GGUF files: how they are read, and what is said of those that cannot be."""
 
 import struct
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,84 +16,7 @@ from gearshift.formats.gguf.header import read_header
 from gearshift.formats.gguf.source import GGUFSource
 from gearshift.plan.execute import MappingSource, materialise
 from tests.formats.folders import LLAMA3, SIZES, save
-
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "model.layers": "blk",
-}
-
-
-def paired(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """llama.cpp's order of the rows of q and k, as its converter makes it."""
-    return (
-        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-    )
-
-
-def gguf_name(name: str) -> str:
-    for ours, theirs in NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
-def write(
-    path: Path,
-    model: LlamaForCausalLM,
-    architecture: str = "llama",
-    quantise: Callable[[str, np.ndarray], gguf.GGMLQuantizationType | None] = lambda name, value: None,
-    more: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
-) -> None:
-    config: LlamaConfig = model.config
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    if config.head_dim != config.hidden_size // config.num_attention_heads:
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    characters = [chr(ord("!") + token) for token in range(config.vocab_size - 3)]
-    writer.add_token_list(["<|endoftext|>", *characters, "AB", "CD"])
-    writer.add_token_types([1] * config.vocab_size)
-    more(writer)
-    if "tokenizer.ggml.merges" not in writer.kv_data[0]:
-        writer.add_token_merges(["A B", "C D"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_chat_template("{{ messages }}")
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        value = (paired(tensor, heads) if heads else tensor).numpy()
-        kind = quantise(name, value)
-        if kind is None:
-            writer.add_tensor(gguf_name(name), value)
-        else:
-            writer.add_tensor(gguf_name(name), gguf.quants.quantize(value, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+from tests.formats.gguf_files import write
 
 
 def model(tmp_path: Path, **settings: Any) -> LlamaForCausalLM:
@@ -237,8 +159,9 @@ def test_what_we_cannot_say_is_refused(tmp_path: Path, more: Any, says: str) -> 
 
 
 def test_another_architecture_is_named(tmp_path: Path) -> None:
-    write(tmp_path / "model.gguf", model(tmp_path), architecture="qwen2")
-    with pytest.raises(ValueError, match="of the architecture 'qwen2': of GGUF files, only 'llama' is read"):
+    write(tmp_path / "model.gguf", model(tmp_path), architecture="baichuan")
+    only = "of the architecture 'baichuan': of GGUF files, only llama, qwen2, qwen3, gemma3 are read"
+    with pytest.raises(ValueError, match=rf"model\.gguf: .* {only}"):
         open_checkpoint(tmp_path / "model.gguf")
 
 

@@ -138,7 +138,7 @@ def build_plan(format: Format, native: NativeConfig, source: Source, where: Path
     except (RuntimeError, TypeError, OverflowError) as error:  # what torch says of sizes that no tensor can have
         raise ValueError(f"{where}: there can be no model as its config describes: {_first_line(error)}") from None
     except (ValueError, KeyError) as error:  # a KeyError is an activation that transformers does not have
-        raise ValueError(f"{where}: {error.args[0]}") from None
+        raise ValueError(f"{where}: {error.args[0] if isinstance(error, KeyError) else error}") from None
     try:
         plan = format.import_plan(native.spec, target, source.schema)
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from gearshift.formats.fates import Carried, Constant, Fate, Fixed, WeightDtype, implied, mapped, optional
 from gearshift.formats.layers import BlockKind, LayerTypes
-from gearshift.formats.tensors import Junk, Weight
+from gearshift.formats.tensors import Experts, Junk, Template, Weight
 
 ROTARY_NESTED = {"rope_parameters": "transformers.modeling_rope_utils:RopeParameters"}
 ALIASES = {
@@ -15,9 +15,17 @@ ALIASES = {
 _REMOTE_CODE = "the checkpoint brings modelling code of its own, which Gearshift does not run"
 _QUANTISED = "de-quantise the weights first"
 
-ANY_MODEL: tuple[Fate, ...] = (
+
+def remote_code(**auto_map: str) -> Carried:
+    """Of families without a class in transformers: the classes that a checkpoint's own code has for the Auto classes.
+
+    Gearshift does not run that code, and does not copy it.
+    """
+    return Carried("auto_map", known=(auto_map,), why=_REMOTE_CODE)
+
+
+REMOTE_MODEL: tuple[Fate, ...] = (
     WeightDtype("dtype"),
-    Constant("auto_map", None, write=False, why=_REMOTE_CODE),
     Constant("quantization_config", None, write=False, why=_QUANTISED),
     Constant("chunk_size_feed_forward", 0, write=False),
     Constant("is_encoder_decoder", False, write=False),
@@ -28,7 +36,10 @@ ANY_MODEL: tuple[Fate, ...] = (
     Carried("label2id"),
     Carried("problem_type"),
 )
-"""What transformers keeps in the config of every model."""
+"""What transformers keeps in the config of every model, but for the code that a checkpoint may bring."""
+
+ANY_MODEL: tuple[Fate, ...] = (*REMOTE_MODEL, Constant("auto_map", None, write=False, why=_REMOTE_CODE))
+"""The same for models whose code is in transformers."""
 
 DECODER: tuple[Fate, ...] = (
     mapped("vocab_size", "vocab_size"),
@@ -51,13 +62,15 @@ GATED_MLP: tuple[Fate, ...] = (
 )
 """The same gated MLP in all layers."""
 
-PLAIN_MODEL: tuple[Fate, ...] = (
+PLAIN_OUTPUT: tuple[Fate, ...] = (
     Fixed("scale_embeddings", False),
-    Fixed("prediction_heads", ()),
     Fixed("logit_softcap", None),
     Fixed("final_norm.type", "rms_norm"),
     Fixed("final_norm.zero_centered", False),
 )
+"""What few families do to embeddings and logits."""
+
+PLAIN_MODEL: tuple[Fate, ...] = (*PLAIN_OUTPUT, Fixed("prediction_heads", ()))
 """What few families do outside the blocks."""
 
 PLAIN_BLOCK: tuple[Fate, ...] = (
@@ -67,6 +80,21 @@ PLAIN_BLOCK: tuple[Fate, ...] = (
     Fixed("layer.shared_weights", False),
 )
 """What few families do in a block."""
+
+ROUTER_LOSS: tuple[Fate, ...] = (Carried("output_router_logits"), Carried("router_aux_loss_coef"))
+"""What balances experts in training."""
+
+SOFTMAX_ROUTER: tuple[Fate, ...] = (
+    *ROUTER_LOSS,
+    Fixed("layer.mlp.scoring", "softmax"),
+    Fixed("layer.mlp.scaling", 1.0),
+    Fixed("layer.mlp.groups", 1),
+    Fixed("layer.mlp.groups_per_token", 1),
+    Fixed("layer.mlp.correction_bias", False),
+    Fixed("layer.mlp.shared", None),
+    Fixed("layer.mlp.shared_gate", False),
+)
+"""A mixture of experts that the highest softmax chooses, with nothing beside them."""
 
 HEAD_DIM = mapped("head_dim", "layer.mixer.head_dim")
 """Of families whose config class has the key."""
@@ -105,17 +133,22 @@ WINDOWS: tuple[Fate, ...] = (
 LAYER_TYPES = LayerTypes("layer_types", {kind: (kind,) for kind in WINDOWED_BLOCKS})
 """The key that says which layers have the window."""
 
-ATTENTION: tuple[Fate, ...] = (
+HEADS: tuple[Fate, ...] = (
     mapped("num_attention_heads", "layer.mixer.heads"),
     mapped("num_key_value_heads", "layer.mixer.kv_heads"),
     Constant("attention_dropout", 0.0, same=(None,)),
-    Fixed("layer.mixer.type", "attention"),
 )
-"""Attention with grouped heads."""
+"""Grouped heads of attention."""
+
+ATTENTION: tuple[Fate, ...] = (*HEADS, Fixed("layer.mixer.type", "attention"))
+"""Attention with grouped heads, in all layers."""
 
 
 def rotary(key: str, kind: str = "layer") -> tuple[Fate, ...]:
-    """Rotary positions on all channels of a head, of one kind of block or of all, under the keys within `key`."""
+    """Rotary positions on all channels of a head, of one kind of block or of all, under the keys within `key`.
+
+    What becomes of yarn's `truncate` is the family's to say.
+    """
     leaf = f"{kind}.mixer.rotary"
     return (
         optional(f"{key}.rope_type", f"{leaf}.type"),
@@ -130,7 +163,6 @@ def rotary(key: str, kind: str = "layer") -> tuple[Fate, ...]:
                 "beta_slow",
                 "mscale",
                 "mscale_all_dim",
-                "truncate",
                 "low_freq_factor",
                 "high_freq_factor",
                 "short_factor",
@@ -143,7 +175,10 @@ def rotary(key: str, kind: str = "layer") -> tuple[Fate, ...]:
     )
 
 
-ROTARY = rotary("rope_parameters")
+ROTARY: tuple[Fate, ...] = (
+    *rotary("rope_parameters"),
+    optional("rope_parameters.truncate", "layer.mixer.rotary.truncate"),
+)
 """The same rotary positions in all layers."""
 
 _LAYER = "model.layers.{layer}"
@@ -177,6 +212,22 @@ MLP_WEIGHTS = tuple(
 )
 LLAMA_WEIGHTS = (*OUTER_WEIGHTS, *NORM_WEIGHTS, *ATTENTION_WEIGHTS, *MLP_WEIGHTS)
 """The names of Llama's weights, which most of its relatives kept. Biases and norms of heads come beside them."""
+
+
+def expert_weights(theirs: str, gate: str, up: str, down: str) -> tuple[Template, ...]:
+    """A router, and experts of three matrices each, under `theirs` in a layer."""
+    each = f"{_LAYER}.{theirs}.experts.{{expert}}"
+    return (
+        Weight(f"{_LAYER}.mlp.router.weight", f"{_LAYER}.{theirs}.gate.weight"),
+        Experts(f"{_LAYER}.mlp.experts.gate_up_proj", (f"{each}.{gate}.weight", f"{each}.{up}.weight")),
+        Experts(f"{_LAYER}.mlp.experts.down_proj", (f"{each}.{down}.weight",)),
+    )
+
+
+STACKED_EXPERTS: tuple[Template, ...] = tuple(
+    Weight(f"{_LAYER}.mlp.experts.{name}_proj", f"{_LAYER}.mlp.experts.{name}_proj") for name in ("gate_up", "down")
+)
+"""Experts as transformers 5 has them in memory: a checkpoint that was written from there has them in one tensor."""
 
 JUNK = (
     Junk(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "rotary frequencies follow from the config"),

@@ -60,10 +60,11 @@ def _check_depth(value: Any) -> None:
     """RecursionError beyond what any checkpoint has: code that walks such a value by recursion would fail later."""
     level, depth = [value], 0
     while level:
-        if (depth := depth + 1) > _DEEPEST:
+        if depth == _DEEPEST:
             raise RecursionError
-        below = (item.values() if isinstance(item, dict) else item for item in level)
-        level = [item for items in below for item in items if isinstance(item, dict | list)]
+        nested = [item for item in level if isinstance(item, dict | list)]
+        level = [below for item in nested for below in (item.values() if isinstance(item, dict) else item)]
+        depth += 1
 
 
 def in_one_line(text: str) -> str:

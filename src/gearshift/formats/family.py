@@ -1,14 +1,16 @@
 """The format that most families are: a table of fates for the config, and one of templates for the tensors."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from gearshift.formats.base import Format, InexpressibleError
+from gearshift.formats.dialect import Dialect
 from gearshift.formats.fates import RUNTIME_ONLY, Fate, Mapped
 from gearshift.formats.layers import BlockKind, LayerFate
-from gearshift.formats.leaves import difference
+from gearshift.formats.leaves import difference, set_at
 from gearshift.formats.native import NativeConfig
 from gearshift.formats.read_config import Reader
 from gearshift.formats.table import FateTable
@@ -40,6 +42,8 @@ class FamilyFormat(Format):
     """Keys that hold mappings of keys: key -> the TypedDict, `module:attribute`, that says which, or None."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Keys of older layouts that the config class translates: alias -> key."""
+    dialect: Dialect = field(default_factory=Dialect)
+    """What its code makes of its config beyond what the fates say."""
     writable: bool = True
     ignored: Callable[[str], bool] = RUNTIME_ONLY.__contains__
     """Whether a key says nothing of the model."""
@@ -57,16 +61,24 @@ class FamilyFormat(Format):
         return Writer(self._table, self.model_type)
 
     def to_native(self, raw: Mapping[str, Any]) -> NativeConfig:
-        return Reader(self._table, self.aliases).read(raw)
+        return Reader(self._table, self.aliases, self.dialect).read(raw)
 
     def express(self, native: NativeConfig) -> dict[str, Any]:
         if not self.writable:
             raise self._writer.refusal("it is read, never written")
-        config = self._writer.write(native)
+        try:
+            config = self.dialect.write(self._writer.write(native), native.spec)
+        except LookupError as error:
+            raise self._writer.refusal(str(error.args[0])) from None
+        kept = self._writer.kept(native)
         for fate in self._table.of(Mapped):
             if fate.omit_implied:
                 without = {key: value for key, value in config.items() if key != fate.key}
                 config = without if self._says_as_much(without, native.spec) else config
+            if fate.spelled and fate.key in kept:
+                as_it_came = copy.deepcopy(config)
+                set_at(as_it_came, fate.key, kept[fate.key])
+                config = as_it_came if self._says_as_much(as_it_came, native.spec) else config
         self._check_read_back(config, native.spec)
         return dict(sorted(config.items()))
 

@@ -7,7 +7,7 @@ A leaf is named by its path in `ModelSpec`. `layer.` stands for every kind of bl
 (`layer.mixer.heads`), the name of a kind for that one alone (`sliding_attention.mixer.window`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,34 @@ class Mapped:
     """Whether the key is left out, instead of written as null, where the leaf is None."""
     omit_implied: bool = False
     """Whether the key is left out where the others say as much without it."""
+    whole: bool = False
+    """Whether the family has a whole number where the leaf is a float; one with a fraction is written as it is."""
+    words: Mapping[Any, Any] | None = None
+    """The family's words for values of ours: theirs -> ours, the first being written. There are no others."""
+    spelled: bool = False
+    """Whether a value that says the same as ours (`auto`, null) is written as it came, where it still does."""
+
+    def theirs(self, value: Any) -> Any:
+        """The family's value for ours. LookupError, with what is wrong, if it has no word for it."""
+        if isinstance(value, tuple):
+            return list(value)
+        if self.whole and isinstance(value, float) and value.is_integer():
+            return int(value)
+        for word, meaning in (self.words or {}).items():
+            if meaning == value:
+                return word
+        if self.words is not None:
+            raise LookupError(f"{self.key!r} cannot be {value!r}: it knows {', '.join(map(repr, self.words))}")
+        return value
+
+    def ours(self, value: Any) -> Any:
+        """Our value for the family's. ValueError if it has no such word."""
+        for word, meaning in (self.words or {}).items():
+            if word == value:
+                return meaning
+        if self.words is not None:
+            raise ValueError(f"{self.key!r} is {value!r}: known are {', '.join(map(repr, self.words))}")
+        return value
 
 
 def mapped(key: str, *paths: str, default: Any = REQUIRED) -> Mapped:
@@ -44,6 +72,11 @@ def implied(key: str, *paths: str) -> Mapped:
 def optional(key: str, *paths: str) -> Mapped:
     """A key that is left out where the leaf is None."""
     return Mapped(key, paths, default=None, omit_none=True)
+
+
+def computed(path: str) -> "Fixed":
+    """A leaf that the family computes as our spec does where it is left out."""
+    return Fixed(path, None, computed=True)
 
 
 @dataclass(frozen=True)
@@ -98,6 +131,10 @@ class Carried:
     name: str = ""
     null: bool = False
     """Whether null says something other than the family's default, so that it is written where nothing is kept."""
+    known: tuple[Any, ...] = ()
+    """The values that are accepted; any, if there are none here."""
+    why: str = ""
+    """What a person should know who has another value."""
 
     @property
     def extra(self) -> str:
@@ -121,6 +158,8 @@ class Fixed:
 
     path: str
     value: Any
+    computed: bool = False
+    """Whether it stands for what our spec makes of it: export fails unless that is what the model has."""
 
 
 Fate = Mapped | Translated | Nullable | Constant | Derived | Carried | WeightDtype | Fixed

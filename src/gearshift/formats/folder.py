@@ -1,6 +1,5 @@
 """The weights of a Hugging Face folder: one safetensors file, or shards and their index."""
 
-import contextlib
 import hashlib
 import mmap
 from pathlib import Path
@@ -11,9 +10,8 @@ from gearshift.formats.layout import PICKLE, SAFETENSORS
 from gearshift.formats.pickles import PickleSource
 from gearshift.formats.safetensors import Stored, read_header
 from gearshift.plan import Box, Schema
+from gearshift.plan.sources import Extent
 
-_MADV_POPULATE_READ = 22
-"""Linux's number for it, from 5.14 on; Python has no name for it."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -74,30 +72,34 @@ class SafetensorsSource:
 
     def read(self, name: str, box: Box | None = None) -> torch.Tensor:
         """The tensor `name`, or the elements `box` of it: the file's own pages, and only the rows asked for."""
-        path, stored = self._tensors[name]
-        shape = stored.info.shape or (1,)
-        first, last = box[0] if box else (0, shape[0])
-        row = stored.info.bytes // max(shape[0], 1)
-        tensor = _mapped(path, stored.offset + first * row, (last - first) * row, getattr(torch, stored.info.dtype))
+        info = self.schema[name]
+        shape = info.shape or (1,)
+        tensor = _mapped(self._rows(name, box), getattr(torch, info.dtype))
         if not box:
-            return tensor.view(stored.info.shape)
+            return tensor.view(info.shape)
+        first, last = box[0]
         return tensor.view(last - first, *shape[1:])[(slice(None), *(slice(*interval) for interval in box[1:]))]
 
+    def extent(self, name: str, box: Box | None = None) -> Extent | None:
+        """Where the tensor `name`, or the elements `box` of it, lies; None for a part of each row."""
+        shape = self.schema[name].shape
+        rows = not box or all(cut == (0, size) for cut, size in zip(box[1:], shape[1:], strict=True))
+        return self._rows(name, box) if rows else None
 
-def _read_in(mapping: mmap.mmap) -> None:
-    """Bring a mapping's pages in at once: left to be faulted in one after another, they cost several times as much."""
-    if not hasattr(mmap, "MADV_WILLNEED"):
-        return
-    mapping.madvise(mmap.MADV_WILLNEED)
-    with contextlib.suppress(OSError):  # older kernels do not know it
-        mapping.madvise(_MADV_POPULATE_READ)
+    def _rows(self, name: str, box: Box | None) -> Extent:
+        path, stored = self._tensors[name]
+        size = stored.info.shape[0] if stored.info.shape else 1
+        first, last = box[0] if box else (0, size)
+        row = stored.info.bytes // max(size, 1)
+        return Extent(path, stored.offset + first * row, (last - first) * row)
 
 
-def _mapped(path: Path, offset: int, length: int, dtype: torch.dtype) -> torch.Tensor:
-    """`length` bytes of a file as a vector.
+def _mapped(extent: Extent, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes of a file as a vector.
 
     Each tensor has a mapping of its own, that ends with it: one mapping of the file would stay resident as a whole.
     """
+    path, offset, length = extent
     if not length:
         return torch.empty(0, dtype=dtype)
     begin = offset - offset % mmap.ALLOCATIONGRANULARITY
@@ -106,7 +108,8 @@ def _mapped(path: Path, offset: int, length: int, dtype: torch.dtype) -> torch.T
             raise ValueError(f"{path} is cut short: it changed since it was opened")
         # Private and writable, so that a write, which would be a mistake, cannot crash the process or reach the file.
         mapping = mmap.mmap(file.fileno(), offset + length - begin, access=mmap.ACCESS_COPY, offset=begin)
-    _read_in(mapping)
+    if hasattr(mmap, "MADV_WILLNEED"):
+        mapping.madvise(mmap.MADV_WILLNEED)
     tensor = torch.frombuffer(mapping, dtype=torch.uint8)[offset - begin :]
     # The format does not align tensors; torch reads elements only from where a multiple of their size is.
     return (tensor.clone() if offset % dtype.itemsize else tensor).view(dtype)

@@ -1,11 +1,12 @@
 """Which kind of block each layer has, as a family's config says it.
 
 A family whose layers differ names its kinds of block. Each of its layer fates reads one key and says, for every layer,
-which kinds that allows; together they must leave one.
+which kinds that allows. Of what all of them allow, the layer is of the kind that the family names first.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, Protocol
 
 
@@ -41,13 +42,21 @@ class LayerTypes:
     key: str
     types: Mapping[str, tuple[str, ...]]
     """Word -> the kinds that it stands for. Of several words for one kind, the first is written."""
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    """Other words that the family has -> what they mean, which no block of ours does."""
+    optional: bool = False
+    """Whether the key may be absent: then other keys say it."""
 
     def read(self, value: Any, num_layers: int) -> Sequence[tuple[str, ...]]:
+        if value is None and self.optional:
+            return [tuple(kind for stands in self.types.values() for kind in stands)] * num_layers
         if not isinstance(value, (list, tuple)) or len(value) != num_layers:
             raise ValueError(f"{self.key!r} must name the type of each of the {num_layers} layers, not {value!r}")
         for word in value:
-            if word not in self.types:
+            if not isinstance(word, str) or word not in {**self.types, **self.unsupported}:
                 raise ValueError(f"{self.key!r} has the type {word!r}: known are {', '.join(self.types)}")
+            if word in self.unsupported:
+                raise ValueError(f"{self.key!r} has the type {word!r}: {self.unsupported[word]} is not supported")
         return [self.types[word] for word in value]
 
     def write(self, kinds: Sequence[str]) -> Any:
@@ -93,6 +102,40 @@ class LayerSwitch:
 
     def write(self, kinds: Sequence[str]) -> Any:
         return any(kind in self.switched for kind in kinds)
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """A number n: every nth layer, from the nth on, may be of other kinds than the rest."""
+
+    key: str
+    every: tuple[str, ...]
+    """The kinds that every nth layer may have."""
+    others: tuple[str, ...]
+    """The kinds that the rest may have."""
+
+    def read(self, value: Any, num_layers: int) -> Sequence[tuple[str, ...]]:
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{self.key!r} must be a number of layers from 1 on, not {value!r}")
+        return [self.others if (number + 1) % value else self.every for number in range(num_layers)]
+
+    def write(self, kinds: Sequence[str]) -> Any:
+        return 1
+
+
+def kinds_of(
+    fates: Sequence[LayerFate], values: Mapping[str, Any], num_layers: int, blocks: Sequence[str]
+) -> list[str]:
+    """The kind of every layer, of those in `blocks`. ValueError if the fates do not leave one."""
+    allowed = [fate.read(values.get(fate.key), num_layers) for fate in fates]
+    kinds: list[str] = []
+    for number, choices in enumerate(zip(*allowed, strict=True)):
+        left = reduce(lambda one, other: one & other, map(set, choices))
+        if not left:
+            keys = " and ".join(repr(fate.key) for fate in fates)
+            raise ValueError(f"{keys} together mean no kind of block for layer {number}")
+        kinds.append(next(kind for kind in blocks if kind in left))
+    return kinds
 
 
 def pattern_of(layout: Sequence[str]) -> list[str]:

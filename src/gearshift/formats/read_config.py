@@ -2,11 +2,11 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from gearshift.formats.dialect import Dialect
 from gearshift.formats.fates import (
     CARRIED,
     REQUIRED,
@@ -19,7 +19,7 @@ from gearshift.formats.fates import (
     Translated,
     WeightDtype,
 )
-from gearshift.formats.layers import pattern_of
+from gearshift.formats.layers import kinds_of, pattern_of
 from gearshift.formats.leaves import flatten, set_at, value_at
 from gearshift.formats.native import NativeConfig, hint, sentence
 from gearshift.formats.table import FateTable, Leaf
@@ -43,12 +43,14 @@ class Reader(NamedTuple):
     table: FateTable
     aliases: Mapping[str, str]
     """Keys of older layouts that the config class translates: alias -> key."""
+    dialect: Dialect
 
     def read(self, raw: Mapping[str, Any]) -> NativeConfig:
         """ValueError that names the key if there is anything in `raw` that we cannot say."""
         table = self.table
         self._check_known(raw)
-        values = self._resolve(raw)
+        given = self._resolve(raw)
+        values = self.dialect.read(given)
         for constant in table.of(Constant):
             _check_constant(values.get(constant.key, constant.value), constant)
         trees = self._trees(values)
@@ -58,9 +60,11 @@ class Reader(NamedTuple):
             spec = _with_leaf(spec, fate.path, fate.read(values.get(fate.key, fate.default), spec))
         for derived in table.of(Derived):
             self._check_derived(derived, values.get(derived.key), spec)
+        for known in table.of(Carried):
+            _check_known_value(values.get(known.key), known)
         carried = {fate.extra: values[fate.key] for fate in table.of(Carried) if values.get(fate.key) is not None}
         extras = {name: value for name, value in carried.items() if name in CARRIED}
-        kept = self._unused(values, kinds) | {name: carried[name] for name in carried if name not in CARRIED}
+        kept = self._unused(given, kinds, spec) | {name: carried[name] for name in carried if name not in CARRIED}
         dtypes = [str(values[fate.key]) for fate in table.of(WeightDtype) if values.get(fate.key) is not None]
         dtype = dtypes[0].removeprefix("torch.") if dtypes else DEFAULT_DTYPE
         source = {"format": table.name} | ({KEPT: kept} if kept else {})
@@ -84,12 +88,14 @@ class Reader(NamedTuple):
         nested = frozenset(table.nested)
         if table.family_class is None:
             return flatten(raw, nested)
+        mine = {key: raw[key] for key in raw if not table.ignored(key) and key not in self.dialect.beside_class}
         try:
-            config = table.family_class(**copy.deepcopy({key: raw[key] for key in raw if not table.ignored(key)}))
+            config = table.family_class(**copy.deepcopy(mine))
         except Exception as error:  # the class checks values with whatever its code runs into
             raise ValueError(f"{table.family_class.__name__} does not accept it: {_flat(error)}") from None
         # What is carried is kept as it was written: the class adds to some of it.
-        carried = {fate.key: raw.get(fate.key, table.defaults.get(fate.key)) for fate in table.of(Carried)}
+        flat = flatten(raw, nested)
+        carried = {fate.key: flat.get(fate.key, table.defaults.get(fate.key)) for fate in table.of(Carried)}
         own = {name: getattr(config, name) for name in table.defaults if hasattr(config, name)}
         return flatten({**raw, **own, **carried}, nested)
 
@@ -98,7 +104,7 @@ class Reader(NamedTuple):
         table = self.table
         trees: dict[str | None, dict[str, Any]] = {None: {}, **{kind: {} for kind in table.blocks}}
         nulls = [
-            leaf for fate in table.of(Nullable) if values.get(fate.key) is None for leaf in table.targets[fate.path]
+            leaf for fate in table.of(Nullable) if _is_null(fate.key, values) for leaf in table.targets[fate.path]
         ]
         for leaf in nulls:
             set_at(trees[leaf.kind], leaf.path, None)
@@ -113,7 +119,7 @@ class Reader(NamedTuple):
         for fate in table.of(Mapped):
             leaves = table.leaves(fate)
             if not all(any(leaf.below(null) for null in nulls) for leaf in leaves):
-                value = _look_up(values, fate)
+                value = fate.ours(_look_up(values, fate))
                 for leaf in leaves:
                     put(leaf, value)
         return trees
@@ -126,25 +132,24 @@ class Reader(NamedTuple):
             return [next(iter(self.table.blocks))] * (count if type(count) is int and 0 < count <= MOST_LAYERS else 1)
         if type(count) is not int or not 0 < count <= MOST_LAYERS:
             raise ValueError(f"the number of layers must be from 1 to {MOST_LAYERS}, not {count!r}")
-        allowed = [fate.read(values.get(fate.key), count) for fate in self.table.layers]
-        kinds: list[str] = []
-        for number, choices in enumerate(zip(*allowed, strict=True)):
-            left = reduce(lambda one, other: one & other, map(set, choices))
-            if len(left) != 1:
-                keys = " and ".join(repr(fate.key) for fate in self.table.layers)
-                raise ValueError(f"{keys} together mean no kind of block for layer {number}")
-            kinds += left
-        return kinds
+        return kinds_of(self.table.layers, values, count, list(self.table.blocks))
 
-    def _unused(self, values: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    def _unused(self, values: Mapping[str, Any], kinds: Sequence[str], spec: ModelSpec) -> dict[str, Any]:
         """What the kinds of the layers do not tell: of keys that speak only of kinds that no layer has, the values that
-        are not the family's defaults; of keys that tell layers apart, those that we would write otherwise."""
+        are not the family's defaults; of keys that tell layers apart or have other words for values of ours, those that
+        we would write otherwise."""
         idle = {}
         for fate in self.table.of(Mapped):
-            leaves = self.table.leaves(fate)
-            if all(leaf.kind is not None and leaf.kind not in kinds for leaf in leaves) and fate.key in values:
-                idle[fate.key] = values[fate.key]
-        idle = {key: value for key, value in idle.items() if value != self.table.defaults.get(key)}
+            if fate.key not in values:
+                continue
+            used = [leaf for leaf in self.table.leaves(fate) if leaf.kind is None or leaf.kind in kinds]
+            value = values[fate.key]
+            if not used:
+                differs = fate.key not in self.table.defaults or value != self.table.defaults[fate.key]
+            else:
+                differs = fate.spelled and value != fate.theirs(_leaf_value(used[0], spec))
+            if differs:
+                idle[fate.key] = value
         said = {fate.key: (values.get(fate.key), fate.write(kinds)) for fate in self.table.layers}
         return idle | {key: value for key, (value, written) in said.items() if value != written}
 
@@ -184,12 +189,16 @@ class Reader(NamedTuple):
         for leaf in self.table.targets[fate.path]:
             if leaf.kind is not None and leaf.kind not in spec.decoder.blocks:
                 continue
-            # What was just read has its blocks named by their kinds.
-            expected = value_at(spec if leaf.kind is None else spec.decoder.blocks[leaf.kind], leaf.path)
+            expected = _leaf_value(leaf, spec)
             if value != expected:
                 raise ValueError(
                     f"{fate.key!r} is {value!r}, but it follows from the other keys that it is {expected!r}"
                 )
+
+
+def _leaf_value(leaf: Leaf, spec: ModelSpec) -> Any:
+    """The value of a leaf in a spec that was just read, whose blocks are named by their kinds."""
+    return value_at(spec if leaf.kind is None else spec.decoder.blocks[leaf.kind], leaf.path)
 
 
 def _with_leaf(spec: ModelSpec, path: str, value: Any) -> ModelSpec:
@@ -197,6 +206,11 @@ def _with_leaf(spec: ModelSpec, path: str, value: Any) -> ModelSpec:
     tree = spec.model_dump()
     set_at(tree, path, value)
     return ModelSpec.model_validate(tree)
+
+
+def _is_null(key: str, values: Mapping[str, Any]) -> bool:
+    """Whether a key holds nothing, not even keys within it."""
+    return values.get(key) is None and not any(name.startswith(f"{key}.") for name in values)
 
 
 def _look_up(values: Mapping[str, Any], fate: Mapped) -> Any:
@@ -211,6 +225,12 @@ def _check_constant(value: Any, fate: Constant) -> None:
     if value != fate.value and value not in fate.same:
         shown = f" ({fate.why})" if fate.why else ""
         raise ValueError(f"{fate.key!r} is {value!r}, and only {fate.value!r} is supported{shown}")
+
+
+def _check_known_value(value: Any, fate: Carried) -> None:
+    if fate.known and value is not None and value not in fate.known:
+        shown = f" ({fate.why})" if fate.why else ""
+        raise ValueError(f"{fate.key!r} is {value!r}, and only {fate.known[0]!r} is supported{shown}")
 
 
 def _flat(error: Exception) -> str:

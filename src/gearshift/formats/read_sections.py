@@ -1,6 +1,6 @@
 """A config made of sections as a spec."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,11 +78,11 @@ class SectionReader:
                     raise ValueError(f"{fate.key!r}: {wrong}")
             return section.spec.model_validate(here.tree)
         except ValidationError as error:
-            raise _Placed(_told(section, error, where)) from None
-        except _Placed:
+            raise PlacedError(_told(section, error, where)) from None
+        except PlacedError:
             raise
         except ValueError as error:
-            raise _Placed(f"{where}: {error}" if where else str(error)) from None
+            raise PlacedError(f"{where}: {error}" if where else str(error)) from None
 
     def _take(self, fate: SectionFate, here: _Here) -> None:
         """Do what a fate says with the keys that it is of."""
@@ -97,9 +97,10 @@ class SectionReader:
                 self.dtype = str(here.given.get(fate.key) or "").removeprefix("torch.") or None
             case Carried():
                 value = here.given.get(fate.key, here.section.defaults.get(fate.key))
-                if value is not None:
-                    outermost = not here.path and fate.extra in CARRIED
-                    (self.extras if outermost else self.kept)[_below(here.path, fate.extra)] = value
+                if not here.path and fate.extra in CARRIED and value is not None:
+                    self.extras[fate.extra] = value
+                elif value is not None and value != here.section.defaults.get(fate.key):
+                    self.kept[_below(here.path, fate.extra)] = value
             case Stated():
                 here.value(fate.key, fate.default)
                 if fate.note and here.given.get(fate.key) is not None:
@@ -117,7 +118,7 @@ class SectionReader:
                     said = ", ".join(f"{key!r} is {value!r}" for key, value in zip(keys_of(fate), found, strict=True))
                     raise ValueError(f"{said}: Gearshift has one setting for all of them")
                 for leaf in paths_of(fate):
-                    set_at(here.tree, leaf, found[0])
+                    set_at(here.tree, leaf, fate.ours(found[0]) if isinstance(fate, Mapped) else found[0])
 
     def _inner(self, fate: Inner, here: _Here) -> Any:
         """The spec, or for a `Named` fate the specs by name, that a key holds."""
@@ -143,24 +144,24 @@ class SectionReader:
 
 def _choice(fate: Inner, raw: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], Section | None]:
     """The section that the word in `raw` stands for, and the keys beside the word."""
-    if callable(fate.by):
-        word: Any = fate.by(raw)
-    else:
+    if isinstance(fate.by, str):
         word = raw.get(fate.by, fate.default)
         where = _below(where, fate.by)
         raw = {key: value for key, value in raw.items() if key != fate.by}
-    if not isinstance(word, str) or word not in fate.choices:
-        raise _Placed(f"{where!r} is {word!r}: known are {', '.join(map(repr, fate.choices))}")
+    else:
+        word = fate.default if fate.by is None else fate.by(raw)
+    if not isinstance(word, Hashable) or word not in fate.choices:
+        raise PlacedError(f"{where!r} is {word!r}: known are {', '.join(map(repr, fate.choices))}")
     return raw, fate.choices[word]
 
 
-class _Placed(ValueError):
+class PlacedError(ValueError):
     """An error that says where in the config it is."""
 
 
 def _mapping(raw: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(raw, Mapping):
-        raise _Placed(f"{where or 'the config'!r} must hold a mapping, not {raw!r}")
+        raise PlacedError(f"{where or 'the config'!r} must hold a mapping, not {raw!r}")
     return raw
 
 
@@ -178,10 +179,10 @@ def _flat(section: Section, raw: Mapping[str, Any], where: str) -> dict[str, Any
     for key, value in flatten(own, section.nested).items():
         if key not in known and not (value is None and key in section.nested):
             others = [name for guest in guests for name in (*guest.keys, *guest.aliases)]
-            raise _Placed(f"unknown key {_below(where, str(key))!r}: {hint(str(key), [*known, *others])}")
+            raise PlacedError(f"unknown key {_below(where, str(key))!r}: {hint(str(key), [*known, *others])}")
         name = section.aliases.get(key, key)
         if value is not None and flat.get(name, value) != value:
-            raise _Placed(f"{_below(where, key)!r} is {value!r}, but it is said to be {flat[name]!r} elsewhere")
+            raise PlacedError(f"{_below(where, key)!r} is {value!r}, but it is said to be {flat[name]!r} elsewhere")
         if value is not None:
             flat[name] = value
     return flat

@@ -8,15 +8,36 @@ within a mapping is written with a dot; a null counts as an absent key. A defaul
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from typing import Any
 
 from gearshift.formats.fates import REQUIRED, Carried, Constant, Fixed, Mapped, WeightDtype
 from gearshift.formats.leaves import _walk as leaves_of
 from gearshift.formats.table import _once as once
 from gearshift.spec import Spec
+from gearshift.spec.placement import MOST_LAYERS
 
 Values = ChainMap[str, Any]
 """The values of a section's keys as far as they are read, and behind them those of the sections around it."""
+
+
+def whole(values: Values, key: str, most: int = 2**31) -> int:
+    """The value of a key that others are made from. ValueError if it is no whole number from 1 to `most`."""
+    if type(value := values[key]) is not int or not 1 <= value <= most:
+        raise ValueError(f"{key!r} must be a whole number from 1 to {most}, not {value!r}")
+    return value
+
+
+def used_blocks(pattern: str, layers: str) -> Callable[[Values], set[str]]:
+    """Which blocks some layer has, by the keys that hold the pattern and the number of layers."""
+
+    def used(values: Values) -> set[str]:
+        names = values[pattern]
+        if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{pattern!r} must list names of blocks, not {names!r}")
+        return set(islice(cycle(names), whole(values, layers, MOST_LAYERS)))
+
+    return used
 
 
 @dataclass(frozen=True)
@@ -60,11 +81,11 @@ class Inner:
     key: str
     """Empty for a section whose keys lie among those of this one."""
     path: str
-    choices: Mapping[str, "Section | None"]
+    choices: Mapping[Any, "Section | None"]
     """Word -> the section that it stands for; None if the leaf at `path` is null. The first that fits is written."""
-    by: str | Callable[[Mapping[str, Any]], str] = "type"
-    """The key within that holds the word, or what finds the word from the keys."""
-    default: str = ""
+    by: str | Callable[[Mapping[str, Any]], Any] | None = "type"
+    """The key within that holds the word, or what finds the word from the keys; None where it is always `default`."""
+    default: Any = ""
     """The word where that key is absent."""
     absent: Any = REQUIRED
     """What is read where the whole section is absent."""

@@ -179,6 +179,36 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class EvenlySplit:
+    """Several tensors of ours, one after another along dimension 0, cut into as many of theirs, all of one size.
+
+    Transformers cuts what it has fused in memory like this when it saves, whatever the sizes were when it read them.
+    """
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.ours
+
+    def place(self, ours: Mapping[str, TensorInfo], place: Place) -> Placed:
+        first = next(iter(ours.values()))
+        rows = sum(info.shape[0] for info in ours.values())
+        if rows % len(self.theirs):
+            return {}, {}
+        part = TensorInfo((rows // len(self.theirs), *first.shape[1:]), first.dtype)
+        source = {place.fill(theirs): part for theirs in self.theirs}
+        whole = Concatenate(tuple(Reference(theirs) for theirs in source), 0)
+        start, made = 0, {}
+        for name, info in ours.items():
+            made[name] = Slice(whole, 0, start, start + info.shape[0])
+            start += info.shape[0]
+        return source, made
+
+
+@dataclass(frozen=True)
 class Experts:
     """One tensor of ours, [experts, ...]: of each expert some of theirs (`{expert}`), one after another."""
 
@@ -219,6 +249,8 @@ class Tensors:
 
     weights: tuple[Template, ...]
     junk: tuple[Junk, ...] = ()
+    others: tuple[Template, ...] = ()
+    """Other layouts of some tensors: read where a checkpoint has all that they ask for, never written."""
     embedding: str = "model.embed_tokens.weight"
     """Our name of what a tied head repeats."""
     head: str = "lm_head.weight"
@@ -228,9 +260,10 @@ class Tensors:
         for one, other in combinations(self.weights, 2):
             if one.kinds and other.kinds and not set(one.kinds) & set(other.kinds):
                 continue
-            for twice in {*one.names, *_theirs(one)} & {*other.names, *_theirs(other)}:
-                if (twice in one.names and twice in other.names) or (twice in _theirs(one) and twice in _theirs(other)):
-                    raise ValueError(f"two tensor templates have the name {twice!r}")
+            # What one template has several of together, a later one may have alone, for models without the rest.
+            ours = set() if set(other.names) < set(one.names) else set(one.names) & set(other.names)
+            for twice in ours | (set(_theirs(one)) & set(_theirs(other))):
+                raise ValueError(f"two tensor templates have the name {twice!r}")
 
     def their_name(self, ours: str) -> str | None:
         """Their name of one of our tensors outside the layers, None if they have none."""
@@ -243,13 +276,20 @@ class Tensors:
 
         `kinds` is the kind of each block, by the block's name.
         """
+        return self._plan(spec, target, kinds, None)
+
+    def _plan(self, spec: ModelSpec, target: Schema, kinds: Mapping[str, str], given: Schema | None) -> Plan:
+        """As `plan`; with the `given` tensors of a checkpoint, its layout of those that have several."""
         source: dict[str, TensorInfo] = {}
         made: dict[str, Expression] = {}
+        templates = self.weights if given is None else (*self.others, *self.weights)
         for place in _places(spec, kinds):
-            for template in self.weights:
+            for template in templates:
                 names = [place.fill(ours) for ours in template.names]
-                if place.is_for(template) and all(ours in target for ours in names):
+                if place.is_for(template) and all(ours in target and ours not in made for ours in names):
                     theirs, expressions = template.place({ours: target[ours] for ours in names}, place)
+                    if template in self.others and given is not None and not _holds(given, theirs):
+                        continue
                     source |= theirs
                     made |= expressions
         if missing := [name for name in target if name not in made]:
@@ -261,7 +301,7 @@ class Tensors:
 
         Raises ValueError for a missing, a misshapen or an extra tensor.
         """
-        plan = self.plan(spec, target, kinds)
+        plan = self._plan(spec, target, kinds, source)
         expressions = dict(plan.expressions)
         wanted = dict(plan.source)
         embedding, head = self.their_name(self.embedding), self.their_name(self.head)
@@ -299,6 +339,11 @@ class Tensors:
 def _theirs(template: Template) -> tuple[str, ...]:
     theirs = getattr(template, "theirs", ())
     return (theirs,) if isinstance(theirs, str) else tuple(theirs)
+
+
+def _holds(source: Schema, wanted: Schema) -> bool:
+    """Whether `source` has all tensors of `wanted`, in their shapes."""
+    return all(name in source and source[name].shape == info.shape for name, info in wanted.items())
 
 
 def check_present(wanted: Schema, source: Schema) -> None:

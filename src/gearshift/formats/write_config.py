@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from gearshift.formats.base import InexpressibleError
 from gearshift.formats.fates import (
     CARRIED,
+    REQUIRED,
     Carried,
     Constant,
     Derived,
@@ -16,6 +17,7 @@ from gearshift.formats.fates import (
     Translated,
     WeightDtype,
 )
+from gearshift.formats.layers import kinds_of
 from gearshift.formats.leaves import set_at, value_at
 from gearshift.formats.native import NativeConfig
 from gearshift.formats.read_config import KEPT
@@ -55,7 +57,7 @@ class Writer(NamedTuple):
         table, spec = self.table, native.spec
         kinds = self.kinds(spec)
         self._check_fixed(spec, kinds)
-        kept = native.source.get(KEPT, {}) if native.source.get("format") == table.name else {}
+        kept = self.kept(native)
         config: dict[str, Any] = {} if self.model_type is None else {"model_type": self.model_type}
         self._write_mapped(config, spec, kinds, kept)
         for derived in table.of(Derived):
@@ -74,6 +76,11 @@ class Writer(NamedTuple):
             if carried.extra in values or (carried.null and table.defaults.get(carried.key) is not None):
                 set_at(config, carried.key, values.get(carried.extra))
         return config | {fate.key: native.dtype for fate in table.of(WeightDtype)}
+
+    def kept(self, native: NativeConfig) -> Mapping[str, Any]:
+        """The keys that a model of this family came with and nothing in it depends on."""
+        kept: Mapping[str, Any] = native.source.get(KEPT, {}) if native.source.get("format") == self.table.name else {}
+        return kept
 
     def kinds(self, spec: ModelSpec) -> dict[str, str]:
         """The kind of each block, by the block's name."""
@@ -96,18 +103,27 @@ class Writer(NamedTuple):
     def _wrong(self, kind: str, name: str, block: BlockSpec) -> Found | None:
         """The first leaf that is fixed for blocks of this kind and that the block has otherwise."""
         for fixed in self.table.own_fixed(kind):
+            if fixed.computed:
+                continue
             for leaf in self.table.targets[fixed.path]:
                 found = _in_block(leaf, name, block)
-                if found.path != leaf.path or found.value != fixed.value:
+                if found.value != fixed.value and not self._null_above(leaf, found):
                     return found
         return None
 
     def _check_fixed(self, spec: ModelSpec, kinds: Mapping[str, str]) -> None:
         for fixed in self.table.of(Fixed):
+            if fixed.computed:  # reading what was written tells
+                continue
             for leaf in self.table.targets[fixed.path]:
-                for found in self._found(leaf, spec, kinds):
-                    if found.value != fixed.value:
+                for found in self._found(leaf, spec, kinds, or_above=True):
+                    if found.value != fixed.value and not self._null_above(leaf, found):
                         raise self.refusal(str(found))
+
+    def _null_above(self, leaf: Leaf, found: Found) -> bool:
+        """Whether the family can say that there is nothing of what holds the leaf, as was found."""
+        tops = [top for fate in self.table.of(Nullable) for top in self.table.targets[fate.path]]
+        return found.path != leaf.path and Leaf(leaf.kind, found.path) in tops
 
     def _write_mapped(
         self, config: dict[str, Any], spec: ModelSpec, kinds: Mapping[str, str], kept: Mapping[str, Any]
@@ -126,31 +142,42 @@ class Writer(NamedTuple):
                 continue
             value = self._common(fate.key, leaves, spec, kinds)
             if value is _NOWHERE:
-                value = kept.get(fate.key, self.table.defaults.get(fate.key))
+                default = None if fate.default is REQUIRED else fate.default
+                value = kept.get(fate.key, self.table.defaults.get(fate.key, default))
+            elif value is not None:
+                try:
+                    value = fate.theirs(value)
+                except LookupError as error:
+                    raise self.refusal(str(error.args[0])) from None
             if value is not None or not fate.omit_none:
-                set_at(config, fate.key, list(value) if isinstance(value, tuple) else value)
+                set_at(config, fate.key, value)
 
     def _write_layers(self, config: dict[str, Any], layout: Sequence[str], kept: Mapping[str, Any]) -> None:
-        """The keys that tell layers apart: as they came, where that still says the same."""
-        for fate in self.table.layers:
-            value = fate.write(layout)
-            if fate.key in kept:
-                try:
-                    allowed = fate.read(kept[fate.key], len(layout))
-                except ValueError:  # there are more or fewer layers now
-                    allowed = [()] * len(layout)
-                if all(kind in choices for kind, choices in zip(layout, allowed, strict=True)):
-                    value = kept[fate.key]
-            set_at(config, fate.key, value)
+        """The keys that tell layers apart: as they came, where together they still say the same."""
+        if not self.table.layers:
+            return
+        written = {fate.key: fate.write(layout) for fate in self.table.layers}
+        came = {key: kept.get(key, value) for key, value in written.items()}
+        try:
+            same = kinds_of(self.table.layers, came, len(layout), list(self.table.blocks)) == list(layout)
+        except ValueError:  # there are more or fewer layers now
+            same = False
+        for key, value in (came if same else written).items():
+            set_at(config, key, value)
 
-    def _found(self, leaf: Leaf, spec: ModelSpec, kinds: Mapping[str, str]) -> Iterator[Found]:
-        """What the leaf is in the model: in each block of its kind, or outside of them."""
+    def _found(
+        self, leaf: Leaf, spec: ModelSpec, kinds: Mapping[str, str], or_above: bool = False
+    ) -> Iterator[Found]:
+        """What the leaf is in the model: in each block of its kind, or outside of them.
+
+        Where something above it is null: that, if `or_above`, otherwise InexpressibleError.
+        """
         if leaf.kind is None:
             yield Found(None, leaf.path, value_at(spec, leaf.path))
         for name, kind in kinds.items():
             if kind == leaf.kind:
                 found = _in_block(leaf, name, spec.decoder.blocks[name])
-                if found.path != leaf.path:
+                if found.path != leaf.path and not or_above:
                     raise self.refusal(f"block {name!r} has no {found.path}")
                 yield found
 

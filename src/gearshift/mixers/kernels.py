@@ -29,18 +29,23 @@ def kernel(path: str) -> Any:
         ) from error
 
 
-def check_kernels(device: torch.device, learning: bool) -> None:
-    """ImportError, naming the package, if what recurrent mixers need on `device` is missing or known to be wrong."""
+def check_kernels(device: torch.device, learning: bool, tilelang: bool = True) -> None:
+    """ImportError, naming the package, if what recurrent mixers need on `device` is missing or known to be wrong.
+
+    `tilelang` says whether TileLang has what Triton compiles wrongly: it does for the delta rule alone.
+    """
     if device.type != "cuda":
         return
     kernel("fla.ops.gated_delta_rule:chunk_gated_delta_rule")
-    if not learning or torch.cuda.get_device_capability(device) != HOPPER or find_spec("tilelang"):
+    if not learning or torch.cuda.get_device_capability(device) != HOPPER or (tilelang and find_spec("tilelang")):
         return
     version = kernel_compiler()
     if BROKEN_TRITON[0] <= version <= BROKEN_TRITON[1]:
+        installed = ".".join(map(str, version))
+        advice = 'tilelang (pip install "gearshift[gpu]" brings it), or ' if tilelang else ""
         raise ImportError(
-            f"on this GPU, gradients through the gated delta rule are wrong with triton {'.'.join(map(str, version))}: "
-            'install tilelang, or triton newer than 3.7.0 (pip install "gearshift[gpu]" brings tilelang)'
+            f"on this GPU, gradients through this mixer's kernels are wrong with triton {installed}: "
+            f"install {advice}triton newer than 3.7.0"
         )
 
 

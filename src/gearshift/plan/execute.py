@@ -27,8 +27,16 @@ from gearshift.plan.expressions import (
 )
 from gearshift.plan.plan import Plan, difference
 from gearshift.plan.rewrite import bind
-from gearshift.plan.shards import Shard, remove_shards, split, write_index, write_shard, write_whole
-from gearshift.plan.sources import CheckedSource, MappingSource, Source, count_nonfinite, info_of, region_read
+from gearshift.plan.shards import Made, Shard, remove_shards, split, write_index, write_shard, write_whole
+from gearshift.plan.sources import (
+    CheckedSource,
+    FileSource,
+    MappingSource,
+    Source,
+    count_nonfinite,
+    info_of,
+    region_read,
+)
 
 __all__ = ["MappingSource", "Source", "evaluate", "execute", "initialise", "materialise"]
 
@@ -132,13 +140,16 @@ def execute(
     names = [name for shard in unfinished for name in shard.names]
     checked = CheckedSource(source, [plan.expressions[name] for name in names], min(_KEPT_BYTES, shard_bytes))
 
-    def make(name: str) -> torch.Tensor:
-        return evaluate(plan.expressions[name], checked, seed, name)
+    def make(name: str) -> Made:
+        expression = plan.expressions[name]
+        read = region_read(expression, source.schema)
+        extent = source.extent(*read) if read and isinstance(source, FileSource) else None
+        return Made(evaluate(expression, checked, seed, name), extent)
 
-    with closing(made_ahead(names, make, lambda name: plan.target[name].bytes, _AHEAD_BYTES)) as tensors:
+    with closing(made_ahead(names, make, lambda name: plan.target[name].bytes, _AHEAD_BYTES)) as values:
         for shard in shards:
             if shard in unfinished:
-                write_shard(shard, out, plan.target, tensors, report)
+                write_shard(shard, out, plan.target, values, report)
             else:
                 report(shard.bytes)
     if len(shards) > 1:

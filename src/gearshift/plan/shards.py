@@ -6,18 +6,20 @@ shard is streamed, one tensor in memory at a time, where the safetensors library
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
 import torch
 
 from gearshift.plan.expressions import DTYPE_BYTES, Schema, TensorInfo
-from gearshift.plan.sources import info_of
+from gearshift.plan.sources import Extent, info_of
 
 assert sys.byteorder == "little", "safetensors files are little-endian, and tensors are written as they lie in memory"
 
@@ -25,6 +27,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PARTIAL = ".partial"
 
+# Other file systems, or other kernels: what they answer where they cannot copy from this file to that.
+_CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 _FLUSHED_AT_ONCE = 1 << 26
 
 _SAFETENSORS_DTYPE = {
@@ -97,22 +101,29 @@ def _shard(file: str, names: list[str], schema: Schema, metadata: Mapping[str, s
     return Shard(file, tuple(names), len(header).to_bytes(8, "little") + header, offset)
 
 
+class Made(NamedTuple):
+    """One tensor to be written, and where its bytes lie in a file already, if they do."""
+
+    tensor: torch.Tensor
+    extent: Extent | None = None
+
+
 def write_shard(
-    shard: Shard, folder: Path, schema: Schema, tensors: Iterator[torch.Tensor], wrote: Callable[[int], None]
+    shard: Shard, folder: Path, schema: Schema, values: Iterator[Made], wrote: Callable[[int], None]
 ) -> None:
     """Write one shard under a temporary name, then rename it, so that under its own name it is always whole.
 
-    The next of `tensors` are the shard's, in its order; `wrote` is called with the bytes of each. On any error the
-    temporary file is removed and the error goes on, OSError for a full disk included.
+    The next of `values` are the shard's tensors, in its order; `wrote` is called with the bytes of each. On any error
+    the temporary file is removed and the error goes on, OSError for a full disk included.
     """
     path = folder / shard.file
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("wb") as file:
-            file.write(shard.header)
+        with partial.open("wb", buffering=0) as file:
+            _write_all(file, memoryview(shard.header))
             flushed = 0
             for name in shard.names:
-                _write(file, name, next(tensors), schema[name])
+                _write(file, name, next(values), schema[name])
                 wrote(schema[name].bytes)
                 flushed = _begin_flush(file, flushed)
         partial.replace(path)
@@ -121,12 +132,44 @@ def write_shard(
         raise
 
 
-def _write(file: BinaryIO, name: str, tensor: torch.Tensor, info: TensorInfo) -> None:
-    assert info_of(tensor) == info, f"{name}: {info_of(tensor)} instead of {info}"
-    file.write(_bytes_of(tensor).numpy().data)
+def _write(file: FileIO, name: str, made: Made, info: TensorInfo) -> None:
+    assert info_of(made.tensor) == info, f"{name}: {info_of(made.tensor)} instead of {info}"
+    copied = 0 if made.extent is None else _copy(file, made.extent)
+    if copied < info.bytes:
+        _write_all(file, _bytes_of(made.tensor).numpy().data[copied:])
 
 
-def _begin_flush(file: BinaryIO, flushed: int) -> int:
+def _copy(file: FileIO, extent: Extent) -> int:
+    """Have the system copy bytes from file to file, as `cp` does; how many it did.
+
+    It does not bring them into the process, and where the file system can, the files share the blocks.
+    """
+    copied = 0
+    if not hasattr(os, "copy_file_range"):
+        return copied
+    with extent.path.open("rb", buffering=0) as source:
+        while copied < extent.bytes:
+            try:
+                step = os.copy_file_range(
+                    source.fileno(), file.fileno(), extent.bytes - copied, offset_src=extent.offset + copied
+                )
+            except OSError as error:
+                if error.errno not in _CANNOT_COPY:
+                    raise
+                break
+            if not step:
+                break
+            copied += step
+    return copied
+
+
+def _write_all(file: FileIO, data: memoryview) -> None:
+    """One call writes at most 2 GB, and less where the disk fills up."""
+    while data.nbytes:
+        data = data[file.write(data) :]
+
+
+def _begin_flush(file: FileIO, flushed: int) -> int:
     """Have the system write out what was added since the position `flushed`, once it is enough; where it then is.
 
     Left to itself Linux collects gigabytes first, and the disk idles meanwhile. Pages said not to be needed it begins

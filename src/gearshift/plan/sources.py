@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -24,6 +25,23 @@ class Source(Protocol):
 
     def read(self, name: str, box: Box | None = None) -> torch.Tensor:
         """The tensor `name` on the CPU, or the elements `box` of it: contiguous or a view, never to be written to."""
+        ...
+
+
+class Extent(NamedTuple):
+    """The bytes of some elements, in order and little-endian, as they lie in a file."""
+
+    path: Path
+    offset: int
+    bytes: int
+
+
+@runtime_checkable
+class FileSource(Source, Protocol):
+    """A source whose tensors can be copied from file to file."""
+
+    def extent(self, name: str, box: Box | None = None) -> Extent | None:
+        """Where the tensor `name`, or the elements `box` of it, lies; None if it does not lie in one piece."""
         ...
 
 

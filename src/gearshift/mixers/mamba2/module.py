@@ -100,7 +100,7 @@ class Mamba2(Mixer):
 
     @classmethod
     def check_device(cls, device: torch.device, learning: bool) -> None:
-        check_kernels(device, learning)
+        check_kernels(device, learning, tilelang=False)
 
     @classmethod
     def initialisers(cls, spec: Mamba2Spec, hidden_size: int) -> dict[str, Initialiser]:

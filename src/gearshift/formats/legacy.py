@@ -1,0 +1,131 @@
+"""The layouts that came before `decoder: {num_layers, pattern, blocks}`: read with a warning, never written.
+
+(a) One section `transformer` for all attention blocks and one section `ssm` for all others, laid out by
+    `hybrid_block_layout`, a letter a layer (Fast-LLM, April to September 2025). It is read as (b).
+(b) `blocks` by name, of the kinds `transformer` and `ssm`, laid out by `block_pattern` and `num_layers`.
+
+Either may lie under `model`, or under `model.base_model`. `docs/migrating.md` has each field beside its new one.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from gearshift.formats.legacy_sections import ATTENTION, BLOCK, DECODER, GATED_MLP, MAMBA1, MODEL, PLAIN_MLP
+from gearshift.formats.native import hint
+from gearshift.formats.read_sections import SectionReader
+from gearshift.formats.sections import Section
+from gearshift.spec import ModelSpec
+
+_WRAPPERS = ("model", "base_model")
+_LAYOUT, _PATTERN = "hybrid_block_layout", "block_pattern"
+_LETTERS = {
+    "t": {"kind": "transformer"},
+    "m": {"kind": "ssm", "variant": "mamba1"},
+    "m2": {"kind": "ssm", "variant": "grouped_mamba"},
+    "m2d": {"kind": "ssm", "variant": "discrete_mamba2"},
+}
+_MODEL_KEYS = ("num_layers", "hidden_size", "normalization")
+"""The keys of `transformer` that say something of the whole model."""
+_TRANSFORMER_DEFAULTS = {"num_attention_heads": 8, "head_groups": 1, "gated": False, "add_linear_biases": True}
+_NOT_THE_MODEL = re.compile(
+    r"init_method_.*|initializer_range|.*lr_scale|.*dropout|.*recompute.*|debug_.*|dpo_.*|enable_dpo|cross_entropy_.*"
+    r"|distillation_.*|.*_loss_.*|.*_coefficient|logit_z_loss|teacher_.*|use_megatron_initialization|dropless_.*"
+    r"|random_bias_init|moe_jitter_eps|full_precision_residual|parallel_embeddings|sequence_first|default_mtp_type"
+    r"|use_flash_attention|use_cache|triton_rotary"
+)
+"""Keys about how a model is started, trained or run."""
+
+
+def is_legacy(raw: Any) -> bool:
+    """Whether a mapping describes a model in one of the older layouts."""
+    if not isinstance(raw, Mapping) or "decoder" in raw:
+        return False
+    own = {"blocks", _PATTERN, _LAYOUT, "transformer", "ssm"}
+    return bool(own & raw.keys()) or any(is_legacy(raw.get(wrapper)) for wrapper in _WRAPPERS)
+
+
+def read_legacy(raw: Mapping[str, Any]) -> ModelSpec:
+    """The spec that a mapping in one of the older layouts describes. It warns of that.
+
+    Raises ValueError that names the key for what is wrong with it.
+    """
+    warnings.warn(
+        "this config has an older layout: save it in the new one, `gearshift convert` does (docs/migrating.md)",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    flat = _unwrapped(raw)
+    return SectionReader().read(MODEL, _completed(flat if "blocks" in flat else _as_blocks(flat)))
+
+
+def _unwrapped(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's own keys, and those beside the sections that it lies under which are its own all the same."""
+    flat = {key: value for key, value in raw.items() if key not in _WRAPPERS and not _NOT_THE_MODEL.fullmatch(key)}
+    for wrapper in _WRAPPERS:
+        if isinstance(inner := raw.get(wrapper), Mapping):
+            flat = {key: flat[key] for key in flat if key in _first_keys(MODEL, DECODER)} | _unwrapped(inner)
+    return flat
+
+
+def _as_blocks(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Layout (a) as (b): each letter becomes a block of that name."""
+    transformer, ssm = (_section(raw, key) for key in ("transformer", "ssm"))
+    everywhere = {key: transformer[key] for key in _MODEL_KEYS if key in transformer}
+    model = {key: value for key, value in raw.items() if key not in ("transformer", "ssm", _LAYOUT)} | everywhere
+    layout = raw.get(_LAYOUT) or ["m2d"]
+    if not isinstance(layout, list) or not all(isinstance(letter, str) and letter in _LETTERS for letter in layout):
+        raise ValueError(f"{_LAYOUT!r} must list the kinds of layers, each one of {', '.join(_LETTERS)}: {layout!r}")
+    count = model.setdefault("num_layers", len(layout))
+    if type(count) is int and count % len(layout):
+        raise ValueError(f"{_LAYOUT!r} names {len(layout)} layers, which cannot be repeated to 'num_layers' {count}")
+    attention, rest = _first_keys(ATTENTION), _first_keys(BLOCK, GATED_MLP, PLAIN_MLP)
+    _check_known("transformer", transformer, attention | rest | {*_MODEL_KEYS})
+    _check_known("ssm", ssm, _first_keys(MAMBA1) | {"activation_type", "normalization"})
+    settings = {key: value for key, value in (_TRANSFORMER_DEFAULTS | transformer).items() if key not in _MODEL_KEYS}
+    shared = {key: value for key, value in settings.items() if key in rest}
+    mamba = {key: value for key, value in ssm.items() if key not in ("activation_type", "normalization")}
+    mamba["conv_activation"] = ssm.get("activation_type")
+    blocks = {
+        letter: {**_LETTERS[letter], **(settings if letter == "t" else shared | mamba)}
+        for letter in dict.fromkeys(layout)
+    }
+    return {"tie_word_embeddings": True, **model, _PATTERN: layout, "blocks": blocks}
+
+
+def _completed(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Layout (b) with what the blocks say of the model, and without what is not about it."""
+    blocks = _section(raw, "blocks")
+    completed = dict(raw)
+    kept = {name: _section(blocks, name) for name in blocks}
+    completed["blocks"] = kept
+    if raw.get(_PATTERN) is None and len(blocks) == 1:
+        completed[_PATTERN] = list(blocks)
+    if raw.get("num_layers") is None and isinstance(raw.get(_PATTERN), list):
+        completed["num_layers"] = len(raw[_PATTERN])
+    if raw.get("hidden_size") is None:
+        sizes = [block["hidden_size"] for block in kept.values() if block.get("hidden_size") is not None]
+        completed["hidden_size"] = sizes[0] if sizes else None
+    return completed
+
+
+def _section(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The mapping under a key, without what is not about the model; an empty one if there is none."""
+    value = raw.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{key!r} must hold a mapping, not {value!r}")
+    return {name: value[name] for name in value if key == "blocks" or not _NOT_THE_MODEL.fullmatch(str(name))}
+
+
+def _first_keys(*sections: Section) -> set[str]:
+    """The keys of sections; of those within mappings, the mappings' own."""
+    return {key.partition(".")[0] for section in sections for key in (*section.keys, *section.aliases)}
+
+
+def _check_known(where: str, given: Mapping[str, Any], known: set[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise ValueError(f"unknown key '{where}.{key}': {hint(str(key), sorted(known))}")
