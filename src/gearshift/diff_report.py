@@ -12,6 +12,7 @@ from rich.text import Text
 
 from gearshift.diff import Change, Diff, Missing, TensorDifference
 from gearshift.plan import Schema
+from gearshift.plan.render import spans
 
 T = TypeVar("T")
 _MOST_ROWS = 20
@@ -124,13 +125,4 @@ def _by_layers(items: Iterable[tuple[str, T, Hashable]]) -> Iterator[tuple[str, 
         groups[_LAYER.sub("{}", name, count=1), shared].append((int(layer[0]) if layer else -1, item))
     for key, members in groups.items():
         assert isinstance(key, tuple)
-        yield key[0].replace("{}", _spans({number for number, _ in members})), [item for _, item in members]
-
-
-def _spans(numbers: set[int]) -> str:
-    """Numbers, neighbours shortened: `0-3,5`."""
-    starts = sorted(number for number in numbers if number - 1 not in numbers)
-    stops = sorted(number for number in numbers if number + 1 not in numbers)
-    return ",".join(
-        str(start) if start == stop else f"{start}-{stop}" for start, stop in zip(starts, stops, strict=True)
-    )
+        yield key[0].replace("{}", spans({number for number, _ in members})), [item for _, item in members]

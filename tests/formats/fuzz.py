@@ -35,8 +35,8 @@ from gearshift.formats.gguf.header import read_header
 from gearshift.plan.execute import materialise
 from gearshift.surgery import load_surgery
 from tests.formats.folders import save
+from tests.formats.gguf_files import write as write_gguf
 from tests.formats.mutations import FRACTIONS, NUMBERS, TEXTS, damage_bytes, damage_json, damage_safetensors
-from tests.formats.test_gguf import write as write_gguf
 
 SECONDS, EXTRA_BYTES, LONGEST_SENTENCE = 8, 3 * 10**9, 1200
 SURGERY = Path(__file__).parents[2] / "recipes" / "quickstart" / "surgery.yaml"
@@ -110,27 +110,25 @@ def damage_gguf(path: Path, data: bytes, rng: random.Random) -> bytes:
             data = damage_bytes(data, rng, header.bytes)
         return data
     key = rng.choice([key for key in header.metadata if not key.startswith("tokenizer")])
+    number, text = rng.choice(NUMBERS), rng.choice([text for text in TEXTS if text != "\ud800"])
     kinds = gguf.GGUFValueType
-    number = rng.choice(NUMBERS)
-    typed: tuple[tuple[bytes, Any], ...] = (
-        (b"I", number % 2**32),
-        (b"Q", number % 2**64),
-        (b"d", rng.choice(FRACTIONS)),
-        (b"?", rng.random() < 0.5),
-        (b"s", rng.choice([text for text in TEXTS if text != "\ud800"])),
-    )
-    code, value = rng.choice(typed)
-    kind = {b"I": kinds.UINT32, b"Q": kinds.UINT64, b"d": kinds.FLOAT64, b"?": kinds.BOOL, b"s": kinds.STRING}[code]
-    return _with_value(data, key, int(kind), value)
+    replacements = {
+        kinds.UINT32: number % 2**32,
+        kinds.UINT64: number % 2**64,
+        kinds.FLOAT64: rng.choice(FRACTIONS),
+        kinds.BOOL: rng.random() < 0.5,
+        kinds.STRING: text,
+    }
+    return _with_value(data, key, *rng.choice(list(replacements.items())))
 
 
-def _with_value(data: bytes, key: str, kind: int, value: Any) -> bytes:
+def _with_value(data: bytes, key: str, kind: gguf.GGUFValueType, value: Any) -> bytes:
     """GGUF bytes with one more value of metadata, in front, in place of the one of that name."""
     writer = gguf.GGUFWriter(None, "llama")
-    packed = writer._pack_val(value, gguf.GGUFValueType(kind), add_vtype=True)
+    packed = writer._pack_val(value, kind, add_vtype=True)
     name = len(key.encode()).to_bytes(8, "little") + key.encode()
     # The old one keeps its bytes, under a name of the same length that nobody asks for.
-    renamed = data.replace(name, len(key.encode()).to_bytes(8, "little") + b"general.x"[:9].ljust(len(key), b"x"), 1)
+    renamed = data.replace(name, name[:8] + b"general.x"[: len(key)].ljust(len(key), b"x"), 1)
     count = int.from_bytes(data[16:24], "little") + 1
     return renamed[:16] + count.to_bytes(8, "little") + name + packed + renamed[24:]
 

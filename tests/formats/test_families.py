@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from gearshift.formats import FORMATS, open_checkpoint
 from gearshift.formats.family import FamilyFormat
-from gearshift.formats.fates import RUNTIME_ONLY, Fixed, Mapped
+from gearshift.formats.fates import RUNTIME_ONLY, Fixed, Mapped, Nullable
 from gearshift.formats.tensors import Tensors
 from gearshift.model import schema
 from gearshift.plan import Plan
@@ -29,10 +30,15 @@ def format_of(name: str) -> FamilyFormat:
     return found
 
 
+def raw(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of the family as transformers writes it."""
+    family = FAMILIES[name]
+    return json.loads(family.config_class(**{**family.sizes, **settings}).to_json_string())
+
+
 def full(name: str) -> dict[str, Any]:
     """A config with which every template of the family has a tensor."""
-    family = FAMILIES[name]
-    return json.loads(family.config_class(**{**family.sizes, **family.full}).to_json_string())
+    return raw(name, FAMILIES[name].full)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -90,10 +96,14 @@ def test_every_fate_is_needed(name: str) -> None:
         if isinstance(fate, Mapped | Fixed) or fate.key in known:
             with pytest.raises(ValueError, match="no fate"):
                 replace(whole, fates=rest, layers=layers)
+        elif isinstance(fate, Nullable):
+            with pytest.raises(ValueError, match=fate.key):
+                for settings in FAMILIES[name].sweep:
+                    replace(whole, fates=rest).to_native(raw(name, settings))
         else:
             outer, _, inner = fate.key.partition(".")
             with pytest.raises(ValueError, match=f"unknown key '{fate.key}'"):
-                replace(whole, fates=rest).to_native({**full(name), outer: {inner: None} if inner else None})
+                replace(whole, fates=rest, layers=layers).to_native({**full(name), outer: {inner: None} if inner else None})
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -8,16 +8,17 @@ import pytest
 from gearshift.formats import FORMATS, InexpressibleError, NativeConfig, choose_format
 from gearshift.formats.family import FamilyFormat
 from gearshift.formats.fates import Carried, Constant, Derived, Fixed, Mapped, WeightDtype, mapped
-from gearshift.formats.tensors import Tensors
-from gearshift.model import schema
+from gearshift.formats.gguf import ARCHITECTURES
 from gearshift.spec import ModelSpec
 from tests.formats.folders import SIZES
 
 TRANSFORMERS = ("llama", "mistral")
+TABLES = (*TRANSFORMERS, *(f"gguf {name}" for name in ARCHITECTURES))
 
 
 def family(name: str) -> FamilyFormat:
-    found = FORMATS[name]
+    """A format's table; of GGUF files, that of an architecture."""
+    found = ARCHITECTURES[name.removeprefix("gguf ")].table if name.startswith("gguf ") else FORMATS[name]
     assert isinstance(found, FamilyFormat)
     return found
 
@@ -34,7 +35,7 @@ def edited(native: NativeConfig, **block: Any) -> NativeConfig:
     return replace(native, spec=ModelSpec.model_validate(raw))
 
 
-@pytest.mark.parametrize("name", [*TRANSFORMERS, "gguf"])
+@pytest.mark.parametrize("name", TABLES)
 def test_no_field_has_two_fates(name: str) -> None:
     whole = family(name)
     for fate in whole.fates:
@@ -42,7 +43,7 @@ def test_no_field_has_two_fates(name: str) -> None:
             replace(whole, fates=(*whole.fates, fate))
 
 
-@pytest.mark.parametrize("name", [*TRANSFORMERS, "gguf"])
+@pytest.mark.parametrize("name", TABLES)
 def test_every_leaf_of_the_spec_has_a_fate(name: str) -> None:
     whole = family(name)
     for fate in whole.fates:
@@ -57,26 +58,8 @@ def test_a_leaf_that_is_not_there_cannot_be_mapped() -> None:
         replace(whole, fates=(*whole.fates, mapped("wings", "layer.mixer.wings")))
 
 
-def test_every_tensor_template_of_gguf_is_needed() -> None:
-    whole = family("gguf")
-    raw = {"vocab_size": 61, "hidden_size": 32, "max_positions": 64}
-    mixer = {"type": "attention", "heads": 4, "kv_heads": 2, "qkv_bias": True, "output_bias": True}
-    mlp = {"type": "gated", "intermediate_size": 48, "bias": True}
-    decoder = {"num_layers": 2, "pattern": ["a"], "blocks": {"a": {"mixer": mixer, "mlp": mlp}}}
-    spec = ModelSpec.model_validate({**raw, "decoder": decoder})
-    target = schema(spec, "float32")
-    assert whole.plan(spec, target).target == target
-    weights = whole.tensors.weights
-    for index, weight in enumerate(weights):
-        fewer = Tensors((*weights[:index], *weights[index + 1 :]), whole.tensors.junk)
-        with pytest.raises(ValueError, match="a template for it is missing"):
-            replace(whole, tensors=fewer).plan(spec, target)
-        with pytest.raises(ValueError, match="two tensor templates"):
-            Tensors((*weights, weight))
-
-
 def test_the_kinds_of_fates_are_all_used() -> None:
-    kinds = {type(fate) for name in (*TRANSFORMERS, "gguf") for fate in family(name).fates}
+    kinds = {type(fate) for name in TABLES for fate in family(name).fates}
     assert kinds == {Carried, Constant, Derived, Fixed, Mapped, WeightDtype}
 
 

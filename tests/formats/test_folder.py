@@ -285,11 +285,40 @@ def test_shards_without_an_index(sharded: Path) -> None:
     refused(sharded, "safetensors files, but no model.safetensors.index.json")
 
 
-def test_pickles_are_refused(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(folder, "pytorch_model.bin is a pickle")
-    (folder / "pytorch_model.bin").unlink()
-    refused(folder, "holds no safetensors file")
+def test_a_shard_with_a_tensor_that_the_index_does_not_name(sharded: Path) -> None:
+    edited_index(sharded, lambda weight_map: weight_map.pop(EMBEDDING))
+    refused(sharded, f"index.json does not name the tensor '{EMBEDDING}', which model-00001-of-.* holds")
+
+
+def test_one_file_of_several_is_read_alone(folder: Path) -> None:
+    whole = open_checkpoint(folder)
+    save_file({"other": torch.ones(2)}, folder / "adapter.safetensors")
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    refused(folder, "2 safetensors files, but no model.safetensors.index.json")
+    assert open_checkpoint(folder / "weights.safetensors").schema == whole.schema
+
+
+def test_a_key_that_is_there_twice(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace("{", '{"hidden_size": 48,', 1))
+    refused(folder, "config.json is not valid JSON: it has the key 'hidden_size' twice")
+
+
+class TestNewerConfigs:
+    def test_an_error_says_that_the_config_is_newer(self, folder: Path) -> None:
+        edit_config(folder, wings=2, transformers_version="99.1.0")
+        refused(folder, r"unknown key 'wings'.* \(transformers 99\.1\.0 wrote this config, a newer version than")
+
+    @pytest.mark.parametrize("version", ["4.40.0", None, "soon", 3])
+    def test_other_errors_are_left_alone(self, folder: Path, version: Any) -> None:
+        edit_config(folder, wings=2, transformers_version=version)
+        with pytest.raises(ValueError, match="unknown key 'wings'") as caught:
+            open_checkpoint(folder)
+        assert "newer" not in str(caught.value)
+
+    def test_a_newer_config_that_can_be_read_is_read(self, folder: Path) -> None:
+        edit_config(folder, transformers_version="99.1.0")
+        assert open_checkpoint(folder).native.spec.hidden_size == 32
 
 
 def test_paths_that_lead_nowhere(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Each architecture of GGUF files: the model that is read computes what transformers' does."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from gearshift.formats.gguf import ARCHITECTURES
 from gearshift.formats.tensors import Tensors
 from gearshift.model import schema
 from gearshift.plan.execute import materialise
+from gearshift.spec import ModelSpec
 from tests.formats.families import families
-from tests.formats.gguf_files import names, stored, write
+from tests.formats.gguf_files import write
 from tests.models import tokens
 
 FAMILIES = families()
@@ -99,7 +101,6 @@ def test_quantised_files_are_de_quantised(tmp_path: Path, architecture: str, set
     if architecture == "gemma3":
         sizes["query_pre_attn_scalar"] = 8
     theirs = make(tmp_path / "source", architecture, **sizes)
-    theirs = theirs.eval()
 
     def quantise(name: str, value: np.ndarray) -> gguf.GGMLQuantizationType | None:
         by_name = {"embed_tokens": KINDS.Q8_0, "v_proj": KINDS.BF16, "o_proj": KINDS.Q5_0, "down_proj": KINDS.Q4_0}
@@ -158,7 +159,10 @@ def test_the_scale_of_the_largest_gemma3(tmp_path: Path) -> None:
     ("more", "says"),
     [
         (lambda writer: writer.add_float32("gemma3.attn_logit_softcapping", 50.0), "attn_logit_softcapping' is 50"),
-        (lambda writer: writer.add_string("gemma3.attention.sliding_window_pattern", "x"), "a number of layers, not 'x'"),
+        (
+            lambda writer: writer.add_string("gemma3.attention.sliding_window_pattern", "x"),
+            "a number of layers, not 'x'",
+        ),
         (lambda writer: writer.add_rope_dimension_count_swa(4), "unknown key 'gemma3.rope.dimension_count_swa'"),
         (lambda writer: writer.add_tensor("v.patch_embd.weight", np.ones(3, np.float32)), "'v.patch_embd.weight'"),
     ],
@@ -178,11 +182,38 @@ def test_the_tokenizer_is_written(tmp_path: Path, architecture: str) -> None:
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 61
 
 
+def all_tensors(architecture: str) -> ModelSpec:
+    """A model with every tensor that files of the architecture can have."""
+    family = FAMILIES[architecture]
+    config = json.loads(family.config_class(**{**family.sizes, **family.full}).to_json_string())
+    raw = FORMATS[architecture].to_native(config).spec.model_dump(mode="json")
+    for block in raw["decoder"]["blocks"].values():
+        block["mixer"] |= {"qkv_bias": True, "output_bias": True}
+        block["mlp"]["bias"] = True
+    return ModelSpec.model_validate(raw)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_names_are_llama_cpps(architecture: str) -> None:
-    """Every tensor that a table reads is one that llama.cpp has under that name."""
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    known = {gguf.TENSOR_NAMES[tensor].format(bid=0) for tensor in gguf.MODEL_TENSORS[kind]}
-    for template in ARCHITECTURES[architecture].table.tensors.weights:
-        theirs = template.place({name: schema_entry() for name in template.names}, FIRST)[0]
-        assert {name.rpartition(".")[0] for name in theirs} <= known
+def test_every_tensor_template_is_needed(architecture: str) -> None:
+    whole = ARCHITECTURES[architecture].table
+    spec = all_tensors(architecture)
+    target = schema(spec, "float32")
+    assert whole.plan(spec, target).target == target
+    weights = whole.tensors.weights
+    for index, weight in enumerate(weights):
+        fewer = Tensors((*weights[:index], *weights[index + 1 :]), whole.tensors.junk)
+        with pytest.raises(ValueError, match="a template for it is missing"):
+            replace(whole, tensors=fewer).plan(spec, target)
+        with pytest.raises(ValueError, match="two tensor templates"):
+            Tensors((*weights, weight))
+
+
+def test_gguf_is_never_written() -> None:
+    native = FORMATS["llama"].to_native({"num_hidden_layers": 2})
+    with pytest.raises(InexpressibleError, match=r"'gguf' .*: it is read, never written; these formats can: .*llama"):
+        FORMATS["gguf"].to_config(native)
+    for architecture in ARCHITECTURES.values():
+        with pytest.raises(InexpressibleError, match="it is read, never written"):
+            architecture.table.express(native)
+    with pytest.raises(ValueError, match="only a GGUF file says which architecture"):
+        FORMATS["gguf"].plan(native.spec, {})

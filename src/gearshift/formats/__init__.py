@@ -4,6 +4,7 @@ from gearshift.formats.base import Format, InexpressibleError
 from gearshift.formats.checkpoint import Checkpoint, choose_format, open_checkpoint
 from gearshift.formats.native import NativeConfig
 from gearshift.formats.registry import FORMATS
+from gearshift.formats.spec_file import read_spec
 from gearshift.formats.writer import write_checkpoint
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "NativeConfig",
     "choose_format",
     "open_checkpoint",
+    "read_spec",
     "write_checkpoint",
 ]

@@ -22,6 +22,7 @@ from gearshift.spec.parts import DTYPE_BYTES
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model")
+_SPECS = (".yaml", ".yml", ".json")
 _WEIGHTS = (SAFETENSORS.suffix, PICKLE.suffix, ".pt", ".pth", ".ckpt")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _COMPARED_AT_ONCE = 1 << 24
@@ -58,6 +59,8 @@ class Checkpoint:
 def open_checkpoint(source: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     """Open a folder, a .gguf file, a file of weights beside its `config.json`, or a hub name such as `org/name`.
 
+    A .yaml or .json file is a spec: a model with new weights.
+
     Pickles are refused unless they are allowed; then they are loaded with torch's `weights_only`.
 
     Raises FileNotFoundError where there is no such thing, and ValueError, naming the file, for what is wrong in it.
@@ -76,9 +79,13 @@ def _open(source: str | Path, allow_pickle: bool) -> Checkpoint:
         from gearshift.formats.gguf.checkpoint import open_gguf
 
         return open_gguf(path)
+    if path.suffix in _SPECS and path.name != CONFIG and path.is_file():
+        from gearshift.formats.spec_file import open_spec_file
+
+        return open_spec_file(path)
     if path.is_file():
         if path.suffix not in _WEIGHTS and path.name != CONFIG:
-            raise ValueError(f"{path} is neither a model folder nor a .gguf or .safetensors file")
+            raise ValueError(f"{path} is neither a model folder nor a .gguf, .safetensors, .yaml or .json file")
         return _open_folder(path.parent, path.parent.resolve().name, allow_pickle, _alone(path))
     if _HUB_NAME.fullmatch(str(source)):
         return _open_folder(_download(str(source), allow_pickle), str(source), allow_pickle)
@@ -173,7 +180,7 @@ def choose_format(native: NativeConfig) -> tuple[Format, str]:
     """
     own = FORMATS["gearshift"]
     origin = native.source.get("format")
-    families = [name for name in FORMATS if FORMATS[name].writable and FORMATS[name] is not own]
+    families = [name for name in FORMATS if FORMATS[name].writable and _in_transformers(FORMATS[name])]
     first_reason = ""
     # Of two that can, the one with fewer kinds of block is the older and better known.
     for name in sorted(families, key=lambda name: (name != origin, FORMATS[name].kinds, name)):
@@ -184,6 +191,11 @@ def choose_format(native: NativeConfig) -> tuple[Format, str]:
         else:
             return FORMATS[name], f"transformers' own {name!r} classes can express it, so that any engine can run it"
     return own, f"no class of transformers can express it: {first_reason}"
+
+
+def _in_transformers(format: Format) -> bool:
+    """Whether the family's classes are transformers' own, so that no code of a checkpoint's is needed to run it."""
+    return str(getattr(format, "config_class", None)).startswith("transformers.")
 
 
 def _newer(raw: Mapping[str, Any]) -> str:

@@ -78,8 +78,7 @@ class NativeConfig:
         """Read the content of a `config.json`. ValueError that names the key if there is anything wrong with it."""
         if raw.get("model_type") != MODEL_TYPE:
             raise ValueError(f"the model_type is {raw.get('model_type')!r}, not {MODEL_TYPE!r}")
-        if "spec" not in raw:
-            raise ValueError("the key 'spec' is missing: it holds the model")
+        raw = _with_spec(raw)
         presets = _mapping(raw, "presets")
         if wrong := [name for name, text in presets.items() if not isinstance(text, str)]:
             raise ValueError(f"preset {wrong[0]!r} is not a placement such as 'attention*3,gdn': {presets[wrong[0]]!r}")
@@ -94,8 +93,25 @@ class NativeConfig:
         )
 
 
+def _with_spec(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the model under `spec`, where older layouts have it among the other keys. ValueError if there is none."""
+    from gearshift.formats.legacy import is_legacy
+
+    if "spec" in raw:
+        return raw
+    beside = {key: raw[key] for key in raw if key in _OWN or key in RUNTIME_ONLY or key in CARRIED}
+    model = {key: value for key, value in raw.items() if key not in beside}
+    if not is_legacy(model):
+        raise ValueError("the key 'spec' is missing: it holds the model")
+    return {**beside, "spec": model}
+
+
 def parse_spec(raw: Any) -> ModelSpec:
-    """A spec from its dump. ValueError with the first thing that is wrong, in one sentence."""
+    """A spec from its dump, or from an older layout. ValueError with the first thing that is wrong, in one sentence."""
+    from gearshift.formats.legacy import is_legacy, read_legacy
+
+    if is_legacy(raw):
+        return read_legacy(raw)
     try:
         return ModelSpec.model_validate(raw)
     except ValidationError as error:

@@ -107,7 +107,7 @@ class Writer(NamedTuple):
                 continue
             for leaf in self.table.targets[fixed.path]:
                 found = _in_block(leaf, name, block)
-                if found.value != fixed.value and not self._null_above(leaf, found):
+                if self._contradicts(found, leaf, fixed):
                     return found
         return None
 
@@ -117,13 +117,15 @@ class Writer(NamedTuple):
                 continue
             for leaf in self.table.targets[fixed.path]:
                 for found in self._found(leaf, spec, kinds, or_above=True):
-                    if found.value != fixed.value and not self._null_above(leaf, found):
+                    if self._contradicts(found, leaf, fixed):
                         raise self.refusal(str(found))
 
-    def _null_above(self, leaf: Leaf, found: Found) -> bool:
-        """Whether the family can say that there is nothing of what holds the leaf, as was found."""
-        tops = [top for fate in self.table.of(Nullable) for top in self.table.targets[fate.path]]
-        return found.path != leaf.path and Leaf(leaf.kind, found.path) in tops
+    def _contradicts(self, found: Found, leaf: Leaf, fixed: Fixed) -> bool:
+        """Whether what was found at a leaf, or null above it, is other than the family can say."""
+        if found.path == leaf.path:
+            return bool(found.value != fixed.value)
+        nullable = [top for fate in self.table.of(Nullable) for top in self.table.targets[fate.path]]
+        return Leaf(leaf.kind, found.path) not in nullable
 
     def _write_mapped(
         self, config: dict[str, Any], spec: ModelSpec, kinds: Mapping[str, str], kept: Mapping[str, Any]

@@ -68,6 +68,10 @@ class Block(nn.Module):
         self.mlp_norm = norms.get("mlp_norm", nn.Identity())
         self.mlp_output_norm = norms.get("mlp_output_norm", nn.Identity())
         self.mlp = MLPS[spec.mlp.type].load()(spec.mlp, hidden_size)
+        if spec.lora is not None:
+            from gearshift.model.lora import adapt  # it needs a package that other models do without
+
+            adapt(self, spec.lora)
 
     def starts(self) -> dict[str, Initialiser]:
         """The norms and the MLP; mixers answer for themselves."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, fields
 
 from rich.filesize import decimal
@@ -119,7 +119,7 @@ class _Group:
     def grow(self, tree: Tree, prefix: str = "", numbers: tuple[str, ...] = ()) -> None:
         """Add what lies below to `tree`; `numbers` are those on the way here, as they are to be shown."""
         for keys, child in self._branches():
-            label = prefix + _spans(keys)
+            label = prefix + (keys[0] if len(keys) == 1 else spans(map(int, keys)))
             within = (*numbers, keys[0] if len(keys) == 1 else "*") if keys[0].isdecimal() else numbers
             if child.line is not None:
                 tree.add(Text(f"{label}  {_filled(child.line, within)}"))
@@ -143,15 +143,14 @@ def _filled(line: str, numbers: tuple[str, ...]) -> str:
     return _MARKED.sub(lambda mark: numbers[int(mark[1])], line)
 
 
-def _spans(keys: list[str]) -> str:
-    """Keys as one label, runs of numbers shortened: `0-3,5`."""
-    if len(keys) == 1:
-        return keys[0]
-    numbers = sorted(map(int, keys))
-    starts = [number for number in numbers if number - 1 not in numbers]
-    stops = [number for number in numbers if number + 1 not in numbers]
-    spans = zip(starts, stops, strict=True)
-    return ",".join(f"{start}" if start == stop else f"{start}-{stop}" for start, stop in spans)
+def spans(numbers: Iterable[int]) -> str:
+    """Numbers, runs of them shortened: `0-3,5`."""
+    there = set(numbers)
+    starts = sorted(number for number in there if number - 1 not in there)
+    stops = sorted(number for number in there if number + 1 not in there)
+    return ",".join(
+        f"{start}" if start == stop else f"{start}-{stop}" for start, stop in zip(starts, stops, strict=True)
+    )
 
 
 def _total(schema: Schema) -> str:

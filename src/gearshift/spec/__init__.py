@@ -2,7 +2,7 @@
 
 from gearshift.spec.base import Spec
 from gearshift.spec.costs import CostTable, decode_cost
-from gearshift.spec.model import BlockSpec, DecoderSpec, ModelSpec, PredictionHeadSpec, StochasticMixerSpec
+from gearshift.spec.model import BlockSpec, DecoderSpec, LoraSpec, ModelSpec, PredictionHeadSpec, StochasticMixerSpec
 from gearshift.spec.parts import MixerSpec, MLPSpec, NormSpec, StateTensor
 from gearshift.spec.placement import Placement, resolve_placement
 from gearshift.spec.registry import MIXERS, MLPS, Kind
@@ -14,6 +14,7 @@ __all__ = [
     "CostTable",
     "DecoderSpec",
     "Kind",
+    "LoraSpec",
     "MLPSpec",
     "MixerSpec",
     "ModelSpec",

@@ -57,6 +57,20 @@ class StochasticMixerSpec(MixerSpec):
         return self.model_copy(update={"mixers": mixers})
 
 
+class LoraSpec(Spec):
+    """Low-rank adapters of linear layers (LoRA, arXiv 2106.09685): W x becomes W x + alpha / rank B A x."""
+
+    rank: int = Field(ge=1)
+    """The number of rows of A and of columns of B."""
+    alpha: float = Field(gt=0)
+    """alpha / rank multiplies what an adapter adds."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """The share of an adapter's inputs that are zeroed in training."""
+    targets: tuple[str, ...] = Field(default=("*",), min_length=1)
+    """Globs of the linear layers that have an adapter, such as `mixer.q_proj` or `mlp.*`: by their paths in the block,
+    where `mixer` is each of its mixers."""
+
+
 class BlockSpec(Spec):
     """One decoder block: norm, mixer, residual; norm, MLP, residual."""
 
@@ -70,6 +84,8 @@ class BlockSpec(Spec):
     """Where they are: on what a half reads, on what it adds to the residual stream, or on both."""
     shared_weights: bool = False
     """Whether all layers of this block use one set of weights. Each layer keeps a state of its own all the same."""
+    lora: LoraSpec | None = None
+    """The adapters beside its linear layers; null for none. The block's other weights then stay as they are in training."""
 
     @property
     def mixers(self) -> dict[str, MixerSpec]:
@@ -198,6 +214,12 @@ class ModelSpec(Spec):
     def is_supernet(self) -> bool:
         """Whether some layer offers a choice."""
         return any(len(offered) > 1 for offered in self.choices)
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether some block has adapters."""
+        blocks = (*self.decoder.blocks.values(), *(head.block for head in self.prediction_heads))
+        return any(block.lora is not None for block in blocks)
 
     def mixers(self, placement: Placement) -> tuple[MixerSpec, ...]:
         """The mixer that runs in each layer under a (valid) placement."""

@@ -1,0 +1,75 @@
+"""Checkpoints of a family whose tensors have other names or pieces than the published ones are read the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gearshift.formats import open_checkpoint
+from gearshift.plan.execute import materialise
+from tests.formats.families import Family, families
+
+FAMILIES = families()
+
+
+def as_saved(name: str, folder: Path, **settings: object) -> None:
+    """Save what the family's `save` does, but as transformers leaves it."""
+    Family.save(FAMILIES[name], folder, **settings)
+
+
+def stack_experts(folder: Path, gate: str, up: str, down: str, moe: str = "mlp") -> None:
+    """Rewrite a folder's tensors as transformers 5 has them in memory."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    prefixes = {name.partition(f"{moe}.experts.")[0] for name in tensors if f"{moe}.experts." in name}
+    for prefix in prefixes:
+        count = sum(name.startswith(f"{prefix}{moe}.experts.") and name.endswith(f"{down}.weight") for name in tensors)
+        each = [[tensors.pop(f"{prefix}{moe}.experts.{n}.{part}.weight") for part in (gate, up, down)] for n in range(count)]
+        tensors[f"{prefix}mlp.experts.gate_up_proj"] = torch.stack([torch.cat(parts[:2]) for parts in each])
+        tensors[f"{prefix}mlp.experts.down_proj"] = torch.stack([parts[2] for parts in each])
+        tensors[f"{prefix}mlp.gate.weight"] = tensors.pop(f"{prefix}{moe}.gate.weight")
+    save_file(tensors, path, {"format": "pt"})
+
+
+def assert_same(one: Path, other: Path) -> None:
+    ours, theirs = (open_checkpoint(folder) for folder in (one, other))
+    assert ours.native == theirs.native or ours.native.spec == theirs.native.spec
+    first, second = (dict(materialise(opened.plan, opened.source)) for opened in (ours, theirs))
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "moe"),
+    [
+        ("mixtral", ("w1", "w3", "w2"), "block_sparse_moe"),
+        ("qwen3_moe", ("gate_proj", "up_proj", "down_proj"), "mlp"),
+    ],
+)
+def test_stacked_experts(tmp_path: Path, name: str, parts: tuple[str, str, str], moe: str) -> None:
+    for folder in ("published", "stacked"):
+        FAMILIES[name].save(tmp_path / folder)
+    stack_experts(tmp_path / "stacked", *parts, moe)
+    assert not any(".experts.0." in tensor for tensor in load_file(tmp_path / "stacked" / "model.safetensors"))
+    assert_same(tmp_path / "published", tmp_path / "stacked")
+
+
+@pytest.mark.parametrize("name", ["olmo_hybrid"])
+def test_what_transformers_saves(tmp_path: Path, name: str) -> None:
+    FAMILIES[name].save(tmp_path / "published")
+    as_saved(name, tmp_path / "saved")
+    one, other = (load_file(tmp_path / folder / "model.safetensors") for folder in ("published", "saved"))
+    assert {key: one[key].shape for key in one} != {key: other[key].shape for key in other}
+    assert_same(tmp_path / "published", tmp_path / "saved")
+
+
+def test_a_stack_that_is_incomplete_is_refused(tmp_path: Path) -> None:
+    FAMILIES["mixtral"].save(tmp_path / "stacked")
+    stack_experts(tmp_path / "stacked", "w1", "w3", "w2", "block_sparse_moe")
+    path = tmp_path / "stacked" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.experts.down_proj"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks the tensor 'model\.layers\.1\.block_sparse_moe\.experts\.0\.w2"):
+        open_checkpoint(tmp_path / "stacked")
