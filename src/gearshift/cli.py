@@ -263,13 +263,24 @@ def export(
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     placement: OnePlacement = None,
     format: Annotated[str, typer.Option("--format", help="`auto`, `gearshift`, or a family such as `llama`.")] = "auto",
+    merge_lora: Annotated[bool, typer.Option("--merge-lora", help="Merge LoRA adapters into the weights.")] = False,
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="Write the LoRA adapters of all placements alone, as PEFT does.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write one placement of a model as a checkpoint of its own."""
     from gearshift.conversion import export as plan_export
+    from gearshift.conversion import export_adapters
     from gearshift.progress import bar
 
-    conversion = plan_export(model, placement, format)
+    if adapters:
+        if merge_lora or placement or format != "auto":
+            raise ValueError("--adapters writes the adapters alone: leave out --merge-lora, --placement and --format")
+        export_adapters(model, target, overwrite)
+        out.print(f"{target}: the adapters alone, format peft")
+        return
+    conversion = plan_export(model, placement, format, merge_lora)
     with bar(err, f"writing {target}", conversion.bytes) as advance:
         conversion.write(target, overwrite, advance)
     why = f": {conversion.reason}" if conversion.reason else ""

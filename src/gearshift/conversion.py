@@ -13,7 +13,7 @@ from gearshift.formats import FORMATS, Checkpoint, NativeConfig, choose_format, 
 from gearshift.formats.documents import read_json, write_json
 from gearshift.model import GearshiftConfig, GearshiftForCausalLM
 from gearshift.plan import Plan
-from gearshift.plan.execute import materialise
+from gearshift.plan.execute import evaluate, materialise
 from gearshift.progress import Advance
 from gearshift.spec import ModelSpec, resolve_placement
 from gearshift.spec.parts import DTYPE_BYTES
@@ -74,7 +74,7 @@ def convert(
     """Plan the conversion of a checkpoint of any format to a Gearshift one, changed by surgeries.
 
     Args:
-        source: a folder, a .gguf file or a hub name.
+        source: a folder, a .gguf file, a .yaml or .json file with a spec, or a hub name.
         surgeries: what to change, in order.
         dtype: of all weights; the source's if None.
         allow_pickle: whether weights may be read from pickles (see `open_checkpoint`).
@@ -91,20 +91,27 @@ def convert(
     )
 
 
-def export(model: str | Path, placement: str | None = None, format: str = "auto") -> Conversion:
+def export(
+    model: str | Path, placement: str | None = None, format: str = "auto", merge_lora: bool = False
+) -> Conversion:
     """Plan the export of a model, pruned to one placement, to a checkpoint of its own.
 
     Args:
         model: a folder, a .gguf file or a hub name.
         placement: what to prune to; may be None only where there is nothing to choose.
         format: `auto`, or a format's name. `auto` takes a native transformers class if one can express the placement.
+        merge_lora: whether to merge LoRA adapters into the weights (see `gearshift.surgery.merge`).
 
-    Raises ValueError if the placement does not fit, or if the format cannot express it.
+    Raises ValueError if the placement does not fit, if the format cannot express it, or if there is nothing to merge.
     """
     if format != "auto" and format not in FORMATS:
         known = ", ".join(name for name in FORMATS if FORMATS[name].writable)
         raise ValueError(f"unknown format {format!r}: choose auto, {known}")
     checkpoint = open_checkpoint(model)
+    if merge_lora:
+        from gearshift.surgery.merge import merged  # it needs a package that other exports do without
+
+        checkpoint = merged(checkpoint)
     native, plan = checkpoint.native, checkpoint.plan
     if placement is None and native.spec.is_supernet:
         presets = ", ".join(native.presets) or "none yet"
@@ -120,12 +127,28 @@ def export(model: str | Path, placement: str | None = None, format: str = "auto"
     return Conversion(checkpoint, native, plan, config, target.name, 0, reason)
 
 
+def export_adapters(model: str | Path, out: str | Path, overwrite: bool = False) -> None:
+    """Write the LoRA adapters of a model, and nothing else, to the folder `out`, as PEFT does (see `write_adapters`).
+
+    ValueError if the model has none, or if `out` may not be replaced.
+    """
+    from gearshift.model.lora import write_adapters  # it needs a package that other exports do without
+
+    checkpoint = open_checkpoint(model)
+
+    def read(name: str) -> torch.Tensor:
+        return evaluate(checkpoint.plan.expressions[name], checkpoint.source, 0, name)
+
+    write_adapters(checkpoint.native.spec, read, out, overwrite)
+
+
 def load(source: str | Path, dtype: str | None = None) -> tuple[GearshiftForCausalLM, Any]:
     """A model of any format in memory, in evaluation mode, and its tokenizer. Gearshift folders load as they are."""
     checkpoint = open_checkpoint(source)
     wanted = getattr(torch, dtype or checkpoint.native.dtype)
     if checkpoint.format.name == "gearshift":
-        model = GearshiftForCausalLM.from_pretrained(checkpoint.path, dtype=wanted)
+        # Its config as it was understood: the file may have an older layout.
+        model = GearshiftForCausalLM.from_pretrained(checkpoint.path, config=_config(checkpoint.native), dtype=wanted)
     else:
         model = _in_memory(checkpoint).to(wanted)
     return model.eval(), load_tokenizer(checkpoint)
@@ -153,10 +176,15 @@ def save_presets(folder: str | Path, presets: dict[str, Any], default: str | Non
     fresh.replace(path)
 
 
+def _config(native: NativeConfig) -> GearshiftConfig:
+    presets = {name: str(placement) for name, placement in native.presets.items()}
+    return GearshiftConfig(native.spec, presets, native.default_preset, native.source, **native.extras)
+
+
 def _in_memory(checkpoint: Checkpoint) -> GearshiftForCausalLM:
     native = checkpoint.native
     with torch.device("meta"):
-        model = GearshiftForCausalLM(GearshiftConfig(native.spec, source=native.source, **native.extras))
+        model = GearshiftForCausalLM(_config(native))
     weights = {name: tensor.clone() for name, tensor in materialise(checkpoint.plan, checkpoint.source).items()}
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()

@@ -26,11 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from gearshift.conversion import convert
 from gearshift.formats import open_checkpoint
+from gearshift.formats.checkpoint import CONFIG
 from gearshift.formats.gguf.header import read_header
 from gearshift.plan.execute import materialise
 from gearshift.surgery import load_surgery
@@ -39,6 +41,7 @@ from tests.formats.gguf_files import write as write_gguf
 from tests.formats.mutations import FRACTIONS, NUMBERS, TEXTS, damage_bytes, damage_json, damage_safetensors
 
 SECONDS, EXTRA_BYTES, LONGEST_SENTENCE = 8, 3 * 10**9, 1200
+DATA = Path(__file__).parent / "data"
 SURGERY = Path(__file__).parents[2] / "recipes" / "quickstart" / "surgery.yaml"
 SMALL: dict[str, Any] = {
     "vocab_size": 32,
@@ -55,7 +58,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen3": {},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
+    "mixtral": {"num_local_experts": 2},
+    "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8},
 }
+STORED = ("apriel-mixed", "apriel2-supernet", "mtp_llama-three-heads", "dream-yarn")
+"""Checkpoints among the tests' data."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +88,16 @@ def make_sources(folder: Path) -> None:
     save(folder / "sharded", **SMALL).save_pretrained(folder / "sharded", max_shard_size="5KB")
     (folder / "sharded" / "model.safetensors").unlink()
     convert(folder / "llama", [load_surgery(SURGERY)]).write(folder / "supernet")
+    for name in STORED:
+        (folder / name).mkdir()
+        for file in (CONFIG, "model.safetensors"):
+            shutil.copyfile(DATA / name / file, folder / name / file)
     model = save(folder / "gguf", **SMALL)
     assert isinstance(model, LlamaForCausalLM)
     shutil.rmtree(folder / "gguf")
     (folder / "gguf").mkdir()
-    write_gguf(folder / "gguf" / "model.gguf", model)
+    factors = np.ones(SMALL["head_dim"] // 2, np.float32)
+    write_gguf(folder / "gguf" / "model.gguf", model, more=lambda w: w.add_tensor("rope_freqs.weight", factors))
 
 
 def case(number: int, sources: Path) -> Case:
@@ -176,18 +189,18 @@ def limits() -> Iterator[None]:
     """No more than some seconds and some memory beyond what the process has."""
 
     def hung(*_: object) -> None:
-        raise HungError(f"no answer after {SECONDS} s")
+        raise HungError(f"no answer after {SECONDS} s of computing")
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    previous = signal.signal(signal.SIGALRM, hung)
+    previous = signal.signal(signal.SIGPROF, hung)
     resource.setrlimit(resource.RLIMIT_AS, (used + EXTRA_BYTES, hard))
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of computing: the machine may be busy with something else
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 

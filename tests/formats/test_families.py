@@ -97,13 +97,14 @@ def test_every_fate_is_needed(name: str) -> None:
             with pytest.raises(ValueError, match="no fate"):
                 replace(whole, fates=rest, layers=layers)
         elif isinstance(fate, Nullable):
+            nulls = [raw(name, settings) for settings in FAMILIES[name].sweep]
             with pytest.raises(ValueError, match=fate.key):
-                for settings in FAMILIES[name].sweep:
-                    replace(whole, fates=rest).to_native(raw(name, settings))
+                assert [replace(whole, fates=rest).to_native(config) for config in nulls]
         else:
             outer, _, inner = fate.key.partition(".")
+            changed = {**full(name), outer: {inner: None} if inner else None}
             with pytest.raises(ValueError, match=f"unknown key '{fate.key}'"):
-                replace(whole, fates=rest, layers=layers).to_native({**full(name), outer: {inner: None} if inner else None})
+                replace(whole, fates=rest, layers=layers).to_native(changed)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -76,6 +76,20 @@ def test_every_dtype_and_shape_is_read_whole_and_in_part(tmp_path: Path) -> None
     assert source.read("vector", ((2, 4),)).tolist() == [2.0, 3.0]
 
 
+def test_extents_are_where_the_bytes_lie(tmp_path: Path) -> None:
+    tensors = {"matrix": torch.arange(24.0).reshape(4, 6), "scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    source = SafetensorsSource(tmp_path)
+    boxes: list[tuple[str, Any]] = [(name, None) for name in tensors]
+    boxes += [("matrix", ((1, 3), (0, 6))), ("matrix", ((0, 4), (0, 6)))]
+    for name, box in boxes:
+        extent = source.extent(name, box)
+        assert extent is not None
+        data = extent.path.read_bytes()[extent.offset : extent.offset + extent.bytes]
+        assert data == source.read(name, box).numpy().tobytes()
+    assert source.extent("matrix", ((0, 4), (0, 5))) is None
+
+
 def test_tensors_that_lie_at_odd_places_are_read(tmp_path: Path) -> None:
     header = {
         "a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},

@@ -95,12 +95,12 @@ def test_what_differs_from_the_original_gemma3(tmp_path: Path) -> None:
     assert ours.decoder.layout == ("sliding_attention",) * 5 + ("full_attention", "sliding_attention")
 
 
-@pytest.mark.parametrize(("architecture", "settings"), [case for case in CASES if len(case[1]) in (0, len(GEMMA3))])
-def test_quantised_files_are_de_quantised(tmp_path: Path, architecture: str, settings: dict[str, Any]) -> None:
-    sizes = {"hidden_size": 256, "intermediate_size": 512, **settings}
-    if architecture == "gemma3":
-        sizes["query_pre_attn_scalar"] = 8
-    theirs = make(tmp_path / "source", architecture, **sizes)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_quantised_files_are_de_quantised(tmp_path: Path, architecture: str) -> None:
+    settings = {"hidden_size": 64, "intermediate_size": 96, **(GEMMA3 if architecture == "gemma3" else {})}
+    if architecture == "qwen3":
+        settings["head_dim"] = 16
+    theirs = make(tmp_path / "source", architecture, **settings)
 
     def quantise(name: str, value: np.ndarray) -> gguf.GGMLQuantizationType | None:
         by_name = {"embed_tokens": KINDS.Q8_0, "v_proj": KINDS.BF16, "o_proj": KINDS.Q5_0, "down_proj": KINDS.Q4_0}
@@ -108,7 +108,7 @@ def test_quantised_files_are_de_quantised(tmp_path: Path, architecture: str, set
 
     write(tmp_path / "model.gguf", theirs, architecture, quantise)
     with torch.no_grad():
-        for name, tensor in theirs.state_dict().items():
+        for name, tensor in theirs.named_parameters():
             # Blocks lie within rows, so that the order of the rows changes nothing.
             if kind := quantise(name, tensor.numpy()):
                 rounded = gguf.quants.dequantize(gguf.quants.quantize(tensor.numpy(), kind), kind)
@@ -173,13 +173,13 @@ def test_what_we_cannot_say_of_gemma3_is_refused(tmp_path: Path, more: Any, says
         open_checkpoint(tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 def test_the_tokenizer_is_written(tmp_path: Path, architecture: str) -> None:
-    settings = GEMMA3 if architecture == "gemma3" else {}
-    write(tmp_path / "model.gguf", make(tmp_path / "source", architecture, **settings), architecture)
+    write(tmp_path / "model.gguf", make(tmp_path / "source", architecture), architecture)
     (tmp_path / "out").mkdir()
     open_checkpoint(tmp_path / "model.gguf").copy_extras(tmp_path / "out")
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 61
+    # Transformers may add special tokens that the family always has.
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("%ABCD").input_ids[-3:] == [5, 59, 60]
 
 
 def all_tensors(architecture: str) -> ModelSpec:

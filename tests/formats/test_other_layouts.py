@@ -25,19 +25,22 @@ def stack_experts(folder: Path, gate: str, up: str, down: str, moe: str = "mlp")
     prefixes = {name.partition(f"{moe}.experts.")[0] for name in tensors if f"{moe}.experts." in name}
     for prefix in prefixes:
         count = sum(name.startswith(f"{prefix}{moe}.experts.") and name.endswith(f"{down}.weight") for name in tensors)
-        each = [[tensors.pop(f"{prefix}{moe}.experts.{n}.{part}.weight") for part in (gate, up, down)] for n in range(count)]
+        each = [
+            [tensors.pop(f"{prefix}{moe}.experts.{n}.{part}.weight") for part in (gate, up, down)] for n in range(count)
+        ]
         tensors[f"{prefix}mlp.experts.gate_up_proj"] = torch.stack([torch.cat(parts[:2]) for parts in each])
         tensors[f"{prefix}mlp.experts.down_proj"] = torch.stack([parts[2] for parts in each])
         tensors[f"{prefix}mlp.gate.weight"] = tensors.pop(f"{prefix}{moe}.gate.weight")
     save_file(tensors, path, {"format": "pt"})
 
 
-def assert_same(one: Path, other: Path) -> None:
+def assert_same(one: Path, other: Path, but_for: str = "nothing") -> None:
+    """The same models, but for tensors with `but_for` in their names."""
     ours, theirs = (open_checkpoint(folder) for folder in (one, other))
-    assert ours.native == theirs.native or ours.native.spec == theirs.native.spec
+    assert ours.native.spec == theirs.native.spec
     first, second = (dict(materialise(opened.plan, opened.source)) for opened in (ours, theirs))
     assert first.keys() == second.keys()
-    assert all(first[name].equal(second[name]) for name in first)
+    assert all(first[name].equal(second[name]) for name in first if but_for not in name)
 
 
 @pytest.mark.parametrize(
@@ -55,13 +58,13 @@ def test_stacked_experts(tmp_path: Path, name: str, parts: tuple[str, str, str],
     assert_same(tmp_path / "published", tmp_path / "stacked")
 
 
-@pytest.mark.parametrize("name", ["olmo_hybrid"])
+@pytest.mark.parametrize("name", ["olmo_hybrid", "kimi_linear"])
 def test_what_transformers_saves(tmp_path: Path, name: str) -> None:
     FAMILIES[name].save(tmp_path / "published")
     as_saved(name, tmp_path / "saved")
     one, other = (load_file(tmp_path / folder / "model.safetensors") for folder in ("published", "saved"))
     assert {key: one[key].shape for key in one} != {key: other[key].shape for key in other}
-    assert_same(tmp_path / "published", tmp_path / "saved")
+    assert_same(tmp_path / "published", tmp_path / "saved", but_for="correction_bias")
 
 
 def test_a_stack_that_is_incomplete_is_refused(tmp_path: Path) -> None:

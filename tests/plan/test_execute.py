@@ -1,5 +1,7 @@
 import errno
 import json
+import os
+from io import FileIO
 
 import pytest
 import torch
@@ -23,8 +25,10 @@ from gearshift.plan import (
     Slice,
     TensorInfo,
     infer,
+    shards,
 )
 from gearshift.plan.execute import PROGRESS_FILE, MappingSource, evaluate, execute, materialise
+from gearshift.plan.sources import Extent, count_nonfinite
 
 LAYERS = 6
 SHARD_BYTES = 500
@@ -265,6 +269,105 @@ def test_evaluation_agrees_with_the_oracle(data):
         expected = torch.from_numpy(oracle(plan.expressions[name], arrays).copy())
         # The test's values are eighths below 13, which every dtype here holds exactly.
         assert torch.equal(tensor.double(), expected)
+
+
+class CopiedSource:
+    """The bytes of a file as tensors that lie in it, which can be copied; it counts what is asked to be."""
+
+    def __init__(self, path, tensors):
+        self._tensors, self._extents, self.asked = tensors, {}, []
+        self.schema = MappingSource(tensors).schema
+        with path.open("wb") as file:
+            file.write(b"odd")
+            for name, tensor in tensors.items():
+                data = tensor.numpy().tobytes()
+                self._extents[name] = Extent(path, file.tell(), len(data))
+                file.write(data)
+
+    def read(self, name, box=None):
+        return MappingSource(self._tensors).read(name, box)
+
+    def extent(self, name, box=None):
+        self.asked.append((name, box))
+        return self._extents[name] if box is None else None
+
+
+class TestCopies:
+    @pytest.fixture
+    def tensors(self):
+        shapes = {"a": (300, 70), "b": (7,), "none": (0, 4), "wide": (50, 1000)}
+        return random_tensors({name: TensorInfo(shape, "float32") for name, shape in shapes.items()})
+
+    @pytest.fixture
+    def plan(self, tensors):
+        schema = MappingSource(tensors).schema
+        expressions = {f"new.{name}": Reference(name) for name in tensors}
+        expressions |= {"rows": Slice(Reference("a"), 0, 0, 7), "turned": Permute(Reference("a"), (1, 0))}
+        return plan_of(schema, expressions)
+
+    def test_tensors_that_pass_as_they_are_are_copied_from_file_to_file(self, plan, tensors, tmp_path, monkeypatch):
+        source = CopiedSource(tmp_path / "data", tensors)
+        execute(plan, MappingSource(tensors), tmp_path / "written")
+        written = []
+        monkeypatch.setattr(shards, "_write_all", lambda file, data: written.append(file.write(data)))
+        execute(plan, source, tmp_path / "copied")
+        assert contents(tmp_path / "copied") == contents(tmp_path / "written")
+        assert sorted(source.asked, key=str) == sorted(
+            [*((name, None) for name in tensors), ("a", ((0, 7), (0, 70)))], key=str
+        )
+        assert written[1:] == [7 * 70 * 4, 300 * 70 * 4]
+
+    @pytest.mark.parametrize("done", [0, 4, 8000])
+    def test_where_the_system_cannot_copy_the_rest_is_written(self, plan, tensors, tmp_path, monkeypatch, done):
+        real = os.copy_file_range
+
+        def partly(source, target, count, offset_src):
+            if offset_src > 3 + done:
+                raise OSError(errno.EXDEV, "another device")
+            return real(source, target, min(count, 4000), offset_src=offset_src)
+
+        execute(plan, MappingSource(tensors), tmp_path / "written")
+        monkeypatch.setattr(os, "copy_file_range", partly)
+        execute(plan, CopiedSource(tmp_path / "data", tensors), tmp_path / "copied")
+        assert contents(tmp_path / "copied") == contents(tmp_path / "written")
+
+    def test_a_disk_that_fills_up_is_no_reason_to_write(self, plan, tensors, tmp_path, monkeypatch):
+        def full(*_, **__):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "copy_file_range", full)
+        with pytest.raises(OSError, match="No space left"):
+            execute(plan, CopiedSource(tmp_path / "data", tensors), tmp_path / "copied")
+
+    def test_what_is_copied_is_checked(self, plan, tensors, tmp_path):
+        tensors["a"][299, 69] = torch.nan
+        with pytest.raises(ValueError, match="source tensor 'a' holds 1 non-finite value among 21000"):
+            execute(plan, CopiedSource(tmp_path / "data", tensors), tmp_path / "copied")
+        assert not list((tmp_path / "copied").glob("*.safetensors*"))
+
+
+def test_writes_in_several_steps_are_whole(tmp_path, monkeypatch):
+    class Slow(FileIO):
+        def write(self, data):
+            return super().write(memoryview(data)[: max(1, len(data) // 2)])
+
+    with Slow(tmp_path / "file", "wb") as file:
+        shards._write_all(file, memoryview(b"every byte of it"))
+    assert (tmp_path / "file").read_bytes() == b"every byte of it"
+
+
+@pytest.mark.parametrize("size", [1, 31, 4096, 100_003])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_one_bad_value_is_found_wherever_it_stands(dtype, size):
+    tensor = torch.full((size,), 3.0).to(dtype)
+    for place in {0, size // 3, size - 1}:
+        for value in (float("nan"), float("inf"), float("-inf")):
+            damaged = tensor.clone()
+            damaged[place] = value
+            assert count_nonfinite(damaged) == 1
+            damaged[size - 1 - place] = -value
+            assert count_nonfinite(damaged) == (1 if place == size - 1 - place else 2)
+    assert count_nonfinite(tensor) == 0
 
 
 def test_an_empty_target_is_a_file_without_tensors(tmp_path):

@@ -73,11 +73,15 @@ PLAIN_OUTPUT: tuple[Fate, ...] = (
 PLAIN_MODEL: tuple[Fate, ...] = (*PLAIN_OUTPUT, Fixed("prediction_heads", ()))
 """What few families do outside the blocks."""
 
+NO_LORA = Fixed("layer.lora", None, why="merge the adapters into the weights first: export with --merge-lora")
+"""No family's weights have adapters beside them."""
+
 PLAIN_BLOCK: tuple[Fate, ...] = (
     Fixed("layer.norm.type", "rms_norm"),
     Fixed("layer.norm.zero_centered", False),
     Fixed("layer.norm_placement", "before"),
     Fixed("layer.shared_weights", False),
+    NO_LORA,
 )
 """What few families do in a block."""
 
@@ -144,12 +148,15 @@ ATTENTION: tuple[Fate, ...] = (*HEADS, Fixed("layer.mixer.type", "attention"))
 """Attention with grouped heads, in all layers."""
 
 
-def rotary(key: str, kind: str = "layer") -> tuple[Fate, ...]:
-    """Rotary positions on all channels of a head, of one kind of block or of all, under the keys within `key`.
+def rotary(key: str, kind: str = "layer", partial: bool = False) -> tuple[Fate, ...]:
+    """Rotary positions of one kind of block or of all, under the keys within `key`.
 
-    What becomes of yarn's `truncate` is the family's to say.
+    They are on all channels of a head, or on the first ones if `partial`. What becomes of yarn's `truncate` is the
+    family's to say.
     """
     leaf = f"{kind}.mixer.rotary"
+    share = f"{key}.partial_rotary_factor"
+    whole = (Constant(share, 1.0, same=(None,), write=False), Fixed(f"{leaf}.share", 1.0))
     return (
         optional(f"{key}.rope_type", f"{leaf}.type"),
         optional(f"{key}.rope_theta", f"{leaf}.theta"),
@@ -169,8 +176,7 @@ def rotary(key: str, kind: str = "layer") -> tuple[Fate, ...]:
                 "long_factor",
             )
         ),
-        Constant(f"{key}.partial_rotary_factor", 1.0, same=(None,), write=False),
-        Fixed(f"{leaf}.share", 1.0),
+        *((mapped(share, f"{leaf}.share"),) if partial else whole),
         Constant(f"{key}.mrope_section", None, write=False),
     )
 

@@ -12,6 +12,10 @@ class Dialect:
     beside_class: frozenset[str] = frozenset()
     """Keys of the family that mean something else to its config class, which does not get them."""
 
+    def for_class(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """What the config class gets of a config."""
+        return {key: value for key, value in raw.items() if key not in self.beside_class}
+
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The values of the keys that fates speak of, from those of a config: flat, defaults filled in.
 
@@ -22,7 +26,7 @@ class Dialect:
     def write(self, config: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
         """The config that the family's code reads, from what the fates wrote of `spec`.
 
-        LookupError, with what is wrong, if there is none.
+        ValueError, with what is wrong, if there is none.
         """
         return config
 
@@ -34,6 +38,8 @@ class OldRotary(Dialect):
     """
 
     def write(self, config: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
+        if "rope_parameters" not in config:  # no layer has any
+            return config
         scaling = dict(config["rope_parameters"])
         theta = scaling.pop("rope_theta")
         plain = scaling == {"rope_type": "default"}

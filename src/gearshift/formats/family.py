@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from gearshift.formats.base import Format, InexpressibleError
@@ -38,12 +39,16 @@ class FamilyFormat(Format):
     model_type: str | None = None
     config_class: str | None = None
     """The family's transformers config class, `module:attribute`: it says which keys there are, and their defaults."""
+    own_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults of keys that `config_class` does not have, or has another default of."""
     nested: Mapping[str, str | None] = field(default_factory=dict)
     """Keys that hold mappings of keys: key -> the TypedDict, `module:attribute`, that says which, or None."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Keys of older layouts that the config class translates: alias -> key."""
     dialect: Dialect = field(default_factory=Dialect)
     """What its code makes of its config beyond what the fates say."""
+    needed: Mapping[str, str] = field(default_factory=dict)
+    """Files that its code does not load a folder without: name -> what to write where there is none."""
     writable: bool = True
     ignored: Callable[[str], bool] = RUNTIME_ONLY.__contains__
     """Whether a key says nothing of the model."""
@@ -54,7 +59,22 @@ class FamilyFormat(Format):
 
     @cached_property
     def _table(self) -> FateTable:
-        return FateTable(self.name, self.blocks, self.fates, self.layers, self.config_class, self.nested, self.ignored)
+        return FateTable(
+            self.name,
+            self.blocks,
+            self.fates,
+            self.layers,
+            self.config_class,
+            self.nested,
+            self.ignored,
+            self.own_defaults,
+        )
+
+    @property
+    def in_transformers(self) -> bool:
+        """Whether transformers has the family's classes, so that no code of a checkpoint's is needed to run it."""
+        known = self._table.family_class
+        return known is not None and known.model_type == self.model_type
 
     @property
     def _writer(self) -> Writer:
@@ -66,10 +86,11 @@ class FamilyFormat(Format):
     def express(self, native: NativeConfig) -> dict[str, Any]:
         if not self.writable:
             raise self._writer.refusal("it is read, never written")
+        config = self._writer.write(native)
         try:
-            config = self.dialect.write(self._writer.write(native), native.spec)
-        except LookupError as error:
-            raise self._writer.refusal(str(error.args[0])) from None
+            config = self.dialect.write(config, native.spec)
+        except ValueError as error:
+            raise self._writer.refusal(str(error)) from None
         kept = self._writer.kept(native)
         for fate in self._table.of(Mapped):
             if fate.omit_implied:
@@ -108,6 +129,11 @@ class FamilyFormat(Format):
 
     def import_plan(self, spec: ModelSpec, target: Schema, source: Schema) -> Plan:
         return self.tensors.import_plan(spec, target, source, self._writer.kinds(spec))
+
+    def write_companions(self, folder: Path) -> None:
+        for name, text in self.needed.items():
+            if not (folder / name).exists():
+                (folder / name).write_text(text, encoding="utf-8")
 
     def tied_copy(self, spec: ModelSpec, source: Schema) -> tuple[str, str] | None:
         return self.tensors.tied_copy(spec, source)

@@ -160,6 +160,8 @@ class Fixed:
     value: Any
     computed: bool = False
     """Whether it stands for what our spec makes of it: export fails unless that is what the model has."""
+    why: str = ""
+    """What a person should know whose model has another value."""
 
 
 Fate = Mapped | Translated | Nullable | Constant | Derived | Carried | WeightDtype | Fixed

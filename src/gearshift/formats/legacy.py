@@ -26,9 +26,11 @@ _LETTERS = {
     "m2": {"kind": "ssm", "variant": "grouped_mamba"},
     "m2d": {"kind": "ssm", "variant": "discrete_mamba2"},
 }
+_OWN = {"blocks", _PATTERN, _LAYOUT, "transformer", "ssm"}
 _MODEL_KEYS = ("num_layers", "hidden_size", "normalization")
 """The keys of `transformer` that say something of the whole model."""
 _TRANSFORMER_DEFAULTS = {"num_attention_heads": 8, "head_groups": 1, "gated": False, "add_linear_biases": True}
+_PEFT_LAYERS = {"query": "mixer.q_proj", "key": "mixer.k_proj", "value_": "mixer.v_proj", "dense": "mixer.o_proj"}
 _NOT_THE_MODEL = re.compile(
     r"init_method_.*|initializer_range|.*lr_scale|.*dropout|.*recompute.*|debug_.*|dpo_.*|enable_dpo|cross_entropy_.*"
     r"|distillation_.*|.*_loss_.*|.*_coefficient|logit_z_loss|teacher_.*|use_megatron_initialization|dropless_.*"
@@ -40,10 +42,13 @@ _NOT_THE_MODEL = re.compile(
 
 def is_legacy(raw: Any) -> bool:
     """Whether a mapping describes a model in one of the older layouts."""
-    if not isinstance(raw, Mapping) or "decoder" in raw:
-        return False
-    own = {"blocks", _PATTERN, _LAYOUT, "transformer", "ssm"}
-    return bool(own & raw.keys()) or any(is_legacy(raw.get(wrapper)) for wrapper in _WRAPPERS)
+    for wrapper in (*_WRAPPERS, None):
+        if not isinstance(raw, Mapping) or "decoder" in raw:
+            return False
+        if _OWN & raw.keys():
+            return True
+        raw = raw.get(wrapper, raw)
+    return False
 
 
 def read_legacy(raw: Mapping[str, Any]) -> ModelSpec:
@@ -62,11 +67,11 @@ def read_legacy(raw: Mapping[str, Any]) -> ModelSpec:
 
 def _unwrapped(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The model's own keys, and those beside the sections that it lies under which are its own all the same."""
-    flat = {key: value for key, value in raw.items() if key not in _WRAPPERS and not _NOT_THE_MODEL.fullmatch(key)}
+    flat = dict(raw)
     for wrapper in _WRAPPERS:
-        if isinstance(inner := raw.get(wrapper), Mapping):
-            flat = {key: flat[key] for key in flat if key in _first_keys(MODEL, DECODER)} | _unwrapped(inner)
-    return flat
+        if isinstance(inner := flat.get(wrapper), Mapping):
+            flat = {key: flat[key] for key in flat if key in _first_keys(MODEL, DECODER)} | dict(inner)
+    return {key: value for key, value in flat.items() if not _NOT_THE_MODEL.fullmatch(str(key))}
 
 
 def _as_blocks(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,17 +86,29 @@ def _as_blocks(raw: Mapping[str, Any]) -> dict[str, Any]:
     if type(count) is int and count % len(layout):
         raise ValueError(f"{_LAYOUT!r} names {len(layout)} layers, which cannot be repeated to 'num_layers' {count}")
     attention, rest = _first_keys(ATTENTION), _first_keys(BLOCK, GATED_MLP, PLAIN_MLP)
-    _check_known("transformer", transformer, attention | rest | {*_MODEL_KEYS})
+    _check_known("transformer", transformer, attention | rest | {*_MODEL_KEYS, "peft"})
     _check_known("ssm", ssm, _first_keys(MAMBA1) | {"activation_type", "normalization"})
     settings = {key: value for key, value in (_TRANSFORMER_DEFAULTS | transformer).items() if key not in _MODEL_KEYS}
     shared = {key: value for key, value in settings.items() if key in rest}
     mamba = {key: value for key, value in ssm.items() if key not in ("activation_type", "normalization")}
     mamba["conv_activation"] = ssm.get("activation_type")
+    settings["lora"] = _adapters(settings.pop("peft", None))
     blocks = {
         letter: {**_LETTERS[letter], **(settings if letter == "t" else shared | mamba)}
         for letter in dict.fromkeys(layout)
     }
     return {"tie_word_embeddings": True, **model, _PATTERN: layout, "blocks": blocks}
+
+
+def _adapters(peft: Any) -> Any:
+    """Layout (a)'s adapters, which attention alone had, as (b)'s."""
+    if not isinstance(peft, Mapping):
+        return peft
+    layers = peft.get("layers") or ["query", "value_"]
+    if not isinstance(layers, list) or any(layer not in _PEFT_LAYERS for layer in layers):
+        raise ValueError(f"'transformer.peft.layers' must list some of {', '.join(_PEFT_LAYERS)}, not {layers!r}")
+    adapters = {key: value for key, value in peft.items() if key != "layers"}
+    return {"type": "none", **adapters, "targets": [_PEFT_LAYERS[layer] for layer in layers]}
 
 
 def _completed(raw: Mapping[str, Any]) -> dict[str, Any]:

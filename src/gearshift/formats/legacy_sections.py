@@ -26,7 +26,7 @@ from gearshift.mixers.mamba import MambaSpec
 from gearshift.mixers.mamba2 import Mamba2Spec
 from gearshift.mlps.gated import GatedMLPSpec
 from gearshift.mlps.plain import PlainMLPSpec
-from gearshift.spec import BlockSpec, DecoderSpec, MixerSpec, ModelSpec
+from gearshift.spec import BlockSpec, DecoderSpec, LoraSpec, MixerSpec, ModelSpec
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -82,11 +82,11 @@ def _kv_heads(values: Values) -> Any:
 
 def _check_attention_type(values: Values) -> str | None:
     kind, heads, kv_heads = (values[key] for key in ("attention_type", "num_heads", "num_kv_heads"))
-    wanted = {None: kv_heads, "gqa": kv_heads, "mha": heads, "mqa": 1}
-    if kind not in wanted:
+    if kind not in (None, "mha", "gqa", "mqa"):
         return f"{kind!r} is no type of attention: known are 'mha', 'gqa', 'mqa'"
-    if kv_heads != wanted[kind]:
-        return f"{kind!r} has {wanted[kind]} key and value heads, but 'num_kv_heads' is {kv_heads!r}"
+    wanted = {"mha": heads, "mqa": 1}.get(kind, kv_heads)
+    if kv_heads != wanted:
+        return f"{kind!r} has {wanted} key and value heads, but 'num_kv_heads' is {kv_heads!r}"
     return None
 
 
@@ -300,6 +300,20 @@ PLAIN_MLP = Section(
 )
 
 
+LORA = Section(
+    "the adapters of a legacy block",
+    LoraSpec,
+    (
+        mapped("rank", "rank", default=8),
+        mapped("alpha", "alpha", default=8.0),
+        mapped("dropout", "dropout", default=0.0),
+        mapped("targets", "targets", default=("*",)),
+        Constant("freeze_others", True),
+    ),
+    {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"},
+)
+
+
 def _parent(key: str) -> Any:
     """A default: what the section around this one has under the key."""
     return lambda values: values[key]
@@ -316,6 +330,7 @@ BLOCK = Section(
         Inner("", "mixer", {"transformer": ATTENTION, **VARIANTS}, by=_kind),
         Inner("", "mlp", {True: GATED_MLP, False: PLAIN_MLP}, by=lambda raw: raw.get("gated", True)),
         mapped("shared_weights", "shared_weights", default=False),
+        Inner("lora", "lora", {"lora": LORA, "none": None}, default="lora", absent={"type": "none"}),
         Fixed("norm_placement", "before"),
     ),
     {"share_weights": "shared_weights", **_NORM_ALIASES},

@@ -59,7 +59,7 @@ def _load(path: Path) -> dict[str, Any]:
 def _check(path: Path, name: str, tensor: Any) -> None:
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise ValueError(f"{path} holds {name!r}, which is no plain tensor but {type(tensor).__name__}")
-    dtype = info_of(tensor).dtype
+    dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPES.values():
         raise ValueError(
             f"the tensor {name!r} in {path} has an unknown dtype {dtype!r}: known are {', '.join(DTYPES.values())}"

@@ -1,6 +1,7 @@
 """A family's config as ours."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ DEFAULT_DTYPE = "float32"
 """The dtype of a config that does not say: it is transformers', until the weights are seen."""
 KEPT = "kept"
 """In a native config's `source`: the family's keys that nothing in this model depends on."""
+INFINITY = {"__float__": "Infinity"}
+"""How transformers writes infinity."""
 LEGACY_NESTED = frozenset({"type"})
 """Keys within mappings that transformers' config classes translate."""
 
@@ -88,9 +91,9 @@ class Reader(NamedTuple):
         nested = frozenset(table.nested)
         if table.family_class is None:
             return flatten(raw, nested)
-        mine = {key: raw[key] for key in raw if not table.ignored(key) and key not in self.dialect.beside_class}
+        mine = self.dialect.for_class({key: raw[key] for key in raw if not table.ignored(key)})
         try:
-            config = table.family_class(**copy.deepcopy(mine))
+            config = table.family_class(**copy.deepcopy(_untagged({**table.own_defaults, **mine})))
         except Exception as error:  # the class checks values with whatever its code runs into
             raise ValueError(f"{table.family_class.__name__} does not accept it: {_flat(error)}") from None
         # What is carried is kept as it was written: the class adds to some of it.
@@ -103,9 +106,7 @@ class Reader(NamedTuple):
         """What the fates make of the values."""
         table = self.table
         trees: dict[str | None, dict[str, Any]] = {None: {}, **{kind: {} for kind in table.blocks}}
-        nulls = [
-            leaf for fate in table.of(Nullable) if _is_null(fate.key, values) for leaf in table.targets[fate.path]
-        ]
+        nulls = [leaf for fate in table.of(Nullable) if _is_null(fate.key, values) for leaf in table.targets[fate.path]]
         for leaf in nulls:
             set_at(trees[leaf.kind], leaf.path, None)
 
@@ -206,6 +207,13 @@ def _with_leaf(spec: ModelSpec, path: str, value: Any) -> ModelSpec:
     tree = spec.model_dump()
     set_at(tree, path, value)
     return ModelSpec.model_validate(tree)
+
+
+def _untagged(value: Any) -> Any:
+    """A value of a config with infinity in place of how transformers writes it, which JSON has no word for."""
+    if isinstance(value, Mapping):
+        return math.inf if value == INFINITY else {key: _untagged(inner) for key, inner in value.items()}
+    return [_untagged(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _is_null(key: str, values: Mapping[str, Any]) -> bool:

@@ -181,7 +181,7 @@ def _flat(section: Section, raw: Mapping[str, Any], where: str) -> dict[str, Any
             others = [name for guest in guests for name in (*guest.keys, *guest.aliases)]
             raise PlacedError(f"unknown key {_below(where, str(key))!r}: {hint(str(key), [*known, *others])}")
         name = section.aliases.get(key, key)
-        if value is not None and flat.get(name, value) != value:
+        if value is not None and name in flat and flat[name] != value:
             raise PlacedError(f"{_below(where, key)!r} is {value!r}, but it is said to be {flat[name]!r} elsewhere")
         if value is not None:
             flat[name] = value

@@ -1,7 +1,7 @@
 """A family's fates as a table: what each path means, and that every key and every leaf has exactly one."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
@@ -43,6 +43,8 @@ class FateTable:
     config_class: str | None
     nested: Mapping[str, str | None]
     ignored: Callable[[str], bool]
+    own_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """The family's defaults of keys that `config_class` does not have, or has another default of."""
 
     def __post_init__(self) -> None:
         _once(f"key of the format {self.name!r}", self.keys)
@@ -109,8 +111,9 @@ class FateTable:
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
-        """The family's default of every key that its config class has."""
-        return {} if self.family_class is None else {field.name: field.default for field in fields(self.family_class)}
+        """The family's default of every key that has one, but for those that fates know."""
+        known = {} if self.family_class is None else {key.name: key.default for key in fields(self.family_class)}
+        return {**known, **self.own_defaults}
 
     def class_keys(self) -> list[str]:
         """Every key that the family's own definition knows, nested ones with a dot."""

@@ -118,7 +118,7 @@ class Writer(NamedTuple):
             for leaf in self.table.targets[fixed.path]:
                 for found in self._found(leaf, spec, kinds, or_above=True):
                     if self._contradicts(found, leaf, fixed):
-                        raise self.refusal(str(found))
+                        raise self.refusal(f"{found} ({fixed.why})" if fixed.why else str(found))
 
     def _contradicts(self, found: Found, leaf: Leaf, fixed: Fixed) -> bool:
         """Whether what was found at a leaf, or null above it, is other than the family can say."""
@@ -167,9 +167,7 @@ class Writer(NamedTuple):
         for key, value in (came if same else written).items():
             set_at(config, key, value)
 
-    def _found(
-        self, leaf: Leaf, spec: ModelSpec, kinds: Mapping[str, str], or_above: bool = False
-    ) -> Iterator[Found]:
+    def _found(self, leaf: Leaf, spec: ModelSpec, kinds: Mapping[str, str], or_above: bool = False) -> Iterator[Found]:
         """What the leaf is in the model: in each block of its kind, or outside of them.
 
         Where something above it is null: that, if `or_above`, otherwise InexpressibleError.

@@ -36,7 +36,7 @@ class SectionWriter:
         """Write the keys that a fate is of."""
         match fate:
             case Fixed():
-                self._leaf(spec, fate.path, path, fate.value)
+                self._leaf(spec, fate.path, path, fate.value, why=fate.why)
             case Inner():
                 value = self._leaf(spec, fate.path, path)
                 inside = _below(path, fate.path)
@@ -86,7 +86,7 @@ class SectionWriter:
         kind = getattr(spec, "type", None)
         raise refusal or (self._leaf_refusal(path, spec) if kind is None else self._leaf_refusal(f"{path}.type", kind))
 
-    def _leaf(self, spec: Spec, leaf: str, path: str, *only: Any) -> Any:
+    def _leaf(self, spec: Spec, leaf: str, path: str, *only: Any, why: str = "") -> Any:
         """What a leaf, or an item of one, is; it must be `only`, if that is given."""
         head, _, item = leaf.partition(".")
         try:
@@ -95,15 +95,15 @@ class SectionWriter:
         except LookupError as error:
             raise self._leaf_refusal(_below(path, error.args[0]), None) from None
         if only and value != only[0]:
-            raise self._leaf_refusal(_below(path, leaf), value)
+            raise self._leaf_refusal(_below(path, leaf), value, why)
         return value
 
-    def _leaf_refusal(self, path: str, value: Any) -> InexpressibleError:
+    def _leaf_refusal(self, path: str, value: Any, why: str = "") -> InexpressibleError:
         setting = f"{path} {value!r}"
         if path.startswith(_BLOCKS):
             block, _, leaf = path.removeprefix(_BLOCKS).partition(".")
             setting = f"block {block!r} has {leaf} {value!r}"
-        return self.refusal(setting)
+        return self.refusal(f"{setting} ({why})" if why else setting)
 
     def refusal(self, what: str) -> InexpressibleError:
         """What is raised where the family cannot say `what`."""

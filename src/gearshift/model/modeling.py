@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from gearshift.mixers.base import MixContext
 from gearshift.mixers.norm import norm, norm_start
+from gearshift.model.adapter_names import beside_adapters
 from gearshift.model.block import Block, PredictionHead, named_modules
 from gearshift.model.cache import GearshiftCache
 from gearshift.model.config import GearshiftConfig
@@ -92,9 +93,12 @@ class GearshiftPreTrainedModel(PreTrainedModel):
         """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for parameter in model.parameters():
+        frozen = beside_adapters(model)
+        for name, parameter in model.named_parameters():
             if parameter.device.type == "cpu":
                 parameter.data = parameter.data.clone()
+            if name in frozen:
+                parameter.requires_grad_(False)
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

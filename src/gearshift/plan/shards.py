@@ -28,7 +28,7 @@ INDEX_FILE = "model.safetensors.index.json"
 PARTIAL = ".partial"
 
 # Other file systems, or other kernels: what they answer where they cannot copy from this file to that.
-_CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
+_CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 _FLUSHED_AT_ONCE = 1 << 26
 
 _SAFETENSORS_DTYPE = {

@@ -85,7 +85,7 @@ class BlockSpec(Spec):
     shared_weights: bool = False
     """Whether all layers of this block use one set of weights. Each layer keeps a state of its own all the same."""
     lora: LoraSpec | None = None
-    """The adapters beside its linear layers; null for none. The block's other weights then stay as they are in training."""
+    """The adapters beside its linear layers; null for none. Where there are some, nothing else in the block learns."""
 
     @property
     def mixers(self) -> dict[str, MixerSpec]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from gearshift.mixers.base import Mixer, Start
+from gearshift.model.adapter_names import is_adapter
 from gearshift.plan import Expression, Initialise, Initialiser, Reference, references
 from gearshift.plan.rewrite import substitute
 from gearshift.spec import MIXERS, MLPS, BlockSpec, MixerSpec, ModelSpec, StochasticMixerSpec
@@ -72,6 +73,25 @@ class Draft:
         kept = {name: made for name, made in self.tensors.items() if name not in gone}
         reasons = {source: reason for made in gone.values() for source in references(made)}
         return replace(self, tensors=kept, reasons={**reasons, **self.reasons})
+
+    def with_adapters(self) -> "Draft":
+        """With the adapters that the spec asks for, and no others: those that are not there yet start afresh.
+
+        ValueError if a block's `lora` has no layer to adapt.
+        """
+        from gearshift.model import initial, schema
+
+        if not (self.spec.has_lora or any(is_adapter(name) for name in self.tensors)):
+            return self
+        shapes, starts = schema(self.spec, self.dtype), initial(self.spec)
+        gone = [name for name in self.tensors if is_adapter(name) and name not in shapes]
+        draft = self.without(gone, "its layer has no adapter any more")
+        fresh = {
+            name: Initialise(starts[name], info.shape, self.dtype)
+            for name, info in shapes.items()
+            if is_adapter(name) and name not in draft.tensors
+        }
+        return replace(draft, tensors={**draft.tensors, **fresh})
 
     def started(
         self, prefix: str, spec: MixerSpec, given: Mapping[str, Start], origin: Mapping[str, Expression]

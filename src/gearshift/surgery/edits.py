@@ -137,11 +137,13 @@ class Change(Edit):
     """New values of the MLP's settings."""
     norm: dict[str, Any] = Field(default_factory=dict)
     """New values of the norms' settings."""
+    lora: dict[str, Any] | None = Field(default_factory=dict)
+    """New values of the adapters' settings, which gives adapters to a block without them; null takes them away."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not (self.mixer or self.mlp or self.norm):
-            raise ValueError("a change names at least one setting of mixer, mlp or norm")
+        if not (self.mixer or self.mlp or self.norm or self.lora or self.lora is None):
+            raise ValueError("a change names at least one setting of mixer, mlp, norm or lora")
         return self
 
     def apply(self, draft: Draft) -> Draft:
@@ -153,7 +155,10 @@ class Change(Edit):
             dump = new.model_dump(mode="json")
             dump["mlp"] |= self.mlp
             dump["norm"] |= self.norm
+            if self.lora is None or self.lora:
+                dump["lora"] = None if self.lora is None else {**(dump["lora"] or {}), **self.lora}
             changed[name] = BlockSpec.model_validate(dump)
+            _check_rank(name, block, changed[name])
             if mlp_shapes(block, draft.spec.hidden_size) != mlp_shapes(changed[name], draft.spec.hidden_size):
                 raise ValueError(f"block {name!r}: {self.mlp} would change the shapes of the MLP's weights")
         return draft.with_blocks(changed)
@@ -171,6 +176,14 @@ class Change(Edit):
                 f"block {name!r}: {self.mixer} would change the shapes of the mixer's weights: use replace"
             )
         return new
+
+
+def _check_rank(name: str, old: BlockSpec, new: BlockSpec) -> None:
+    if old.lora is not None and new.lora is not None and old.lora.rank != new.lora.rank:
+        raise ValueError(
+            f"block {name!r} has adapters of rank {old.lora.rank}, which cannot become {new.lora.rank}: merge them"
+            " (gearshift export --merge-lora) or take them away (lora: null) first"
+        )
 
 
 class Lay(Edit):

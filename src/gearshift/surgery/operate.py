@@ -92,7 +92,7 @@ def operate(
     for surgery in surgeries:
         for number, step in enumerate(surgery.edits):
             try:
-                draft = step.edit.apply(draft)
+                draft = step.edit.apply(draft).with_adapters()
             except ValidationError as error:
                 raise ValueError(f"edit {number} cannot be carried out: {describe(error)}") from None
             except ValueError as error:
@@ -102,7 +102,7 @@ def operate(
 
 def prune(spec: ModelSpec, source: Schema, placement: Placement) -> tuple[ModelSpec, Plan]:
     """The model that `placement` makes of a supernet with the tensors `source`: plain mixers only, and its plan."""
-    draft = prune_draft(original(spec, source, prevailing_dtype(source)), placement)
+    draft = prune_draft(original(spec, source, prevailing_dtype(source)), placement).with_adapters()
     return draft.spec, _plan(draft, source, None)
 
 

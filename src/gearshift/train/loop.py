@@ -15,6 +15,7 @@ from gearshift.mixers.base import Mixer
 from gearshift.model import GearshiftForCausalLM
 from gearshift.train.layerwise import LayerwiseRun
 from gearshift.train.metrics import CalibrationRecord, Callback, Record, StageEndRecord, StepRecord
+from gearshift.train.noise import seeded, set_modes
 from gearshift.train.optim import clip, learning_rate_scales, make_optimiser, schedule, set_learning_rate
 from gearshift.train.recipe import DistillationSettings, LayerwiseStage
 from gearshift.train.stage import Precision, StageRun
@@ -102,7 +103,7 @@ class Distiller:
         training = self.model.training
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.scales)
-        self.model.train()
+        set_modes(self.model)
         try:
             yield
         finally:
@@ -141,9 +142,9 @@ class Distiller:
         rate = stage.learning_rate * schedule(step, stage.steps, stage.schedule or settings.schedule)
         set_learning_rate(self.optimiser, rate)
         batch = self._batch(index, step, settings.batch_size_of(index))
-        values = _average(
-            run, batch.chunk(settings.parts_of(index)), lambda part, share: run.learn(part, global_step, share)
-        )
+        parts = batch.chunk(settings.parts_of(index))
+        with seeded(self.model, self.device, settings.seed, global_step):
+            values = _average(run, parts, lambda part, share: run.learn(part, global_step, share))
         norm = clip(run.clip_groups(), settings.optimiser.clip_norm)
         if values:
             self.optimiser.step()
@@ -174,7 +175,9 @@ class Distiller:
             return None
         size = self.settings.batch_size_of(index) // self.settings.parts_of(index)
         tokens = self.held_out.tokens.to(self.device)
+        self.model.eval()
         values = _average(run, tokens.split(size), lambda part, share: run.measure(part))
+        set_modes(self.model)
         assert values is not None
         return run.describe(values)
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gearshift.model import GearshiftForCausalLM
+from gearshift.model.adapter_names import beside_adapters, plain
 from gearshift.model.block import StochasticMixer
 from gearshift.train.recipe import OptimiserSettings, ScheduleSettings
 
@@ -26,6 +27,9 @@ def learning_rate_scales(
 ) -> dict[str, float]:
     """Name -> factor on the learning rate, for every parameter that learns.
 
+    In a block with adapters nothing but these learns, whatever the globs say. Globs know parameters by their names in a
+    checkpoint.
+
     Args:
         model: the supernet.
         scales: glob -> factor; the last that matches counts. Without a match: 0 if the main placement uses the
@@ -36,19 +40,19 @@ def learning_rate_scales(
     Raises ValueError if a glob matches nothing, if nothing learns, if a parameter that learns is not float32, or if
     a parameter of the main placement would learn although that placement is the teacher.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = [plain(name) for name, _ in model.named_parameters()]
     freeze = list(freeze)
     for glob in (*scales, *freeze):
         if not any(fnmatchcase(name, glob) for name in names):
             raise ValueError(f"the glob {glob!r} matches no parameter: names look like {names[-1]!r}")
-    main = main_parameters(model)
+    main, frozen = main_parameters(model), beside_adapters(model)
     learning: dict[str, float] = {}
     for name, parameter in model.named_parameters():
         scale = 0.0 if name in main else 1.0
         for glob, given in scales.items():
-            if fnmatchcase(name, glob):
+            if fnmatchcase(plain(name), glob):
                 scale = given
-        if scale == 0 or any(fnmatchcase(name, glob) for glob in freeze):
+        if scale == 0 or name in frozen or any(fnmatchcase(plain(name), glob) for glob in freeze):
             continue
         if own_teacher and name in main:
             raise ValueError(

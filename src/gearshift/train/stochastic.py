@@ -12,6 +12,7 @@ from gearshift.model import GearshiftForCausalLM
 from gearshift.model.block import Block
 from gearshift.spec import Placement
 from gearshift.train.losses import activation_error, head_losses, next_tokens
+from gearshift.train.noise import is_noisy
 from gearshift.train.recipe import StochasticStage
 from gearshift.train.stage import Precision, StageRun, Terms
 
@@ -180,8 +181,9 @@ def run_layers(
     for layer, (block, name) in enumerate(zip(model.model.blocks, placement, strict=True)):
         if layer >= first:
             if recompute:
-                # Nothing in a layer is random, so the generator's state need not be kept.
-                made = checkpoint(run_layer, block, name, hidden, use_reentrant=False, preserve_rng_state=False)
+                # What is computed again must drop the same inputs.
+                random = is_noisy(block)
+                made = checkpoint(run_layer, block, name, hidden, use_reentrant=False, preserve_rng_state=random)
             else:
                 made = run_layer(block, name, hidden)
             visit(layer, hidden, made[0])

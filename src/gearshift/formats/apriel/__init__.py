@@ -5,7 +5,7 @@ holds the settings of both. Its modelling code comes with its checkpoints, in tr
 Gearshift does not run that code.
 """
 
-from gearshift.formats.apriel.sizes import HEAD_WIDTH, Sizes
+from gearshift.formats.apriel.sizes import D_INNER, DISCRETE, HEAD_WIDTH, LAYOUT, SECTION, Sizes
 from gearshift.formats.apriel.tensors import TENSORS
 from gearshift.formats.common import (
     ALIASES,
@@ -37,7 +37,7 @@ _STATE_SPACE: tuple[Fate, ...] = (
     mapped("ssm_cfg.d_conv", "mamba.mixer.conv_kernel", "discrete.mixer.conv_kernel", default=4),
     mapped("ssm_cfg.conv_bias", "mamba.mixer.conv_bias", "discrete.mixer.conv_bias", default=True),
     mapped("ssm_cfg.bias", "mamba.mixer.projection_bias", "discrete.mixer.projection_bias", default=False),
-    Mapped("ssm_cfg.d_inner", ("mamba.mixer.inner_size",), spelled=True),
+    Mapped("ssm_cfg.d_inner", ("mamba.mixer.inner_size",), default=D_INNER, spelled=True),
     Carried("ssm_cfg.expand"),
     # Neither changes what a trained model computes.
     *(Carried(f"ssm_cfg.{name}") for name in ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor")),
@@ -77,7 +77,7 @@ FORMAT = FamilyFormat(
     model_type="apriel_hybrid_ssm",
     # Its own class is this one with the keys of the layout and of the state-space mixers.
     config_class="transformers.models.mistral.configuration_mistral:MistralConfig",
-    nested={**ROTARY_NESTED, "ssm_cfg": None},
+    nested={**ROTARY_NESTED, SECTION: None},
     aliases=ALIASES,
     dialect=Sizes(),
     blocks={
@@ -86,11 +86,7 @@ FORMAT = FamilyFormat(
         "discrete": BlockKind("discrete_mamba2"),
     },
     layers=(
-        LayerTypes(
-            "hybrid_block_layout",
-            {"t": ("attention",), "m2": ("mamba",), "m2d": ("discrete",)},
-            unsupported=_UNSUPPORTED,
-        ),
+        LayerTypes(LAYOUT, {"t": ("attention",), "m2": ("mamba",), DISCRETE: ("discrete",)}, unsupported=_UNSUPPORTED),
         # A server's names for the same, which the family's own class always writes.
         LayerTypes(
             "layer_types",

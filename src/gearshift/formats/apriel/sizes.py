@@ -11,7 +11,16 @@ HEAD_WIDTH = "ssm_cfg.(head width)"
 """A key of our own: channels of a head of discrete Mamba-2, which the config leaves to be computed."""
 _LEFT_OUT = (("rope_scaling", None), ("layer_types", None))
 """Keys that its code does not write where they are null."""
+SECTION = "ssm_cfg"
+"""The key that holds the settings of all state-space mixers."""
+LAYOUT = "hybrid_block_layout"
+"""The key that says what each layer is."""
+DISCRETE = "m2d"
+"""Its word for discrete Mamba-2."""
+D_INNER = 4096
+"""What an absent `d_inner` means; one that is null is another matter."""
 _INNER = "ssm_cfg.d_inner"
+_HEADS = "ssm_cfg.n_v_heads"
 
 
 class Sizes(OldRotary):
@@ -20,13 +29,20 @@ class Sizes(OldRotary):
     beside_class = frozenset({"layer_types"})
 
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        expand, hidden = values.get("ssm_cfg.expand", 1), values["hidden_size"]
-        inner, heads = values.get(_INNER, 4096), values.get("ssm_cfg.n_v_heads", 32)
-        if inner is None and type(expand) is int and type(hidden) is int:
-            inner = expand * hidden
+        if values.get(SECTION) is not None:
+            raise ValueError(f"{SECTION!r} must hold a mapping, not {values[SECTION]!r}")
+        expand, hidden = values.get("ssm_cfg.expand"), values["hidden_size"]
+        inner, heads = values.get(_INNER, D_INNER), values.get(_HEADS, 32)
+        if inner is None and type(hidden) is int and (expand is None or type(expand) is int):
+            inner = hidden if expand is None else expand * hidden
         if type(inner) is not int or inner < 1:
             raise ValueError(f"{_INNER!r} and 'ssm_cfg.expand' must be whole numbers above zero, not {inner!r}")
         width = inner // heads if type(heads) is int and heads > 0 and inner % heads == 0 else None
+        layout = values.get(LAYOUT)
+        if width is None and isinstance(layout, list) and DISCRETE in layout:
+            raise ValueError(
+                f"{_HEADS!r} is {heads!r}, which does not divide {inner}, the channels that its heads share"
+            )
         return {**values, _INNER: inner, HEAD_WIDTH: width}
 
     def write(self, config: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
@@ -40,7 +56,7 @@ class Sizes(OldRotary):
             inner = block.mixer.value_heads * block.mixer.head_dim
             others = [other.mixer.type for other in spec.decoder.blocks.values()]
             if "mamba" in others and section["d_inner"] != inner:
-                raise LookupError(
+                raise ValueError(
                     f"block {name!r} has {inner} channels in its heads where mamba has {section['d_inner']}, and it "
                     "has one key, 'ssm_cfg.d_inner', for both"
                 )

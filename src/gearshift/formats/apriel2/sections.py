@@ -1,7 +1,9 @@
 """The sections of an `apriel2` config."""
 
+from dataclasses import replace
 from typing import Any
 
+from gearshift.formats.common import NO_LORA
 from gearshift.formats.fates import Carried, Constant, Fixed, WeightDtype, mapped, optional
 from gearshift.formats.rotary_sections import LLAMA3, PLAIN, YARN
 from gearshift.formats.sections import (
@@ -171,6 +173,7 @@ BLOCK = Section(
         Fixed("norm.zero_centered", False),
         Fixed("norm_placement", "before"),
         Fixed("shared_weights", False),
+        replace(NO_LORA, path="lora"),
     ),
 )
 

@@ -22,6 +22,7 @@ from gearshift.formats.common import (
     remote_code,
 )
 from gearshift.formats.dialect import OldRotary
+from gearshift.formats.documents import GENERATION
 from gearshift.formats.family import FamilyFormat
 from gearshift.formats.fates import Carried, Constant, Fate, Fixed, Mapped, mapped, optional
 from gearshift.formats.layers import BlockKind
@@ -48,11 +49,12 @@ _ROTARY: tuple[Fate, ...] = (
 FORMAT = FamilyFormat(
     name="diffusion_llama",
     model_type="diffusion_llama",
-    # Its own class has the same keys and defaults, and `mask_token_id`.
     config_class="transformers.models.llama.configuration_llama:LlamaConfig",
+    own_defaults={"use_cache": False, "mask_token_id": 131072},
     nested=ROTARY_NESTED,
     aliases=ALIASES,
     dialect=OldRotary(),
+    needed={GENERATION: "{}\n"},
     blocks={"layer": BlockKind("attention")},
     fates=(
         *REMOTE_MODEL,

@@ -20,6 +20,7 @@ from gearshift.formats.common import (
     remote_code,
 )
 from gearshift.formats.dialect import OldRotary
+from gearshift.formats.documents import GENERATION
 from gearshift.formats.family import FamilyFormat
 from gearshift.formats.fates import Carried, Constant, Fixed, computed
 from gearshift.formats.layers import BlockKind
@@ -28,11 +29,13 @@ from gearshift.formats.tensors import Tensors
 FORMAT = FamilyFormat(
     name="dream",
     model_type="dream",
-    # Its own class has the same keys and defaults, without `layer_types`.
+    # Its own class has these keys, but for `layer_types`.
     config_class="transformers.models.qwen2.configuration_qwen2:Qwen2Config",
+    own_defaults={"use_cache": False, "mask_token_id": 151666},
     nested=ROTARY_NESTED,
     aliases=ALIASES,
     dialect=OldRotary(),
+    needed={GENERATION: "{}\n"},
     blocks={"layer": BlockKind("attention")},
     fates=(
         *REMOTE_MODEL,

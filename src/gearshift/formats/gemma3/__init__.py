@@ -10,6 +10,7 @@ from gearshift.formats.common import (
     HEAD_DIM,
     LAYER_TYPES,
     MLP_WEIGHTS,
+    NO_LORA,
     OUTER_WEIGHTS,
     OUTPUT_BIAS,
     QK_NORM,
@@ -72,6 +73,8 @@ FORMAT = FamilyFormat(
         Carried("_sliding_window_pattern"),
         # Gemma 2's: the attention of Gemma 3 does not read it.
         Carried("attn_logit_softcapping"),
+        # A setting of generation.
+        Carried("cache_implementation"),
         Constant("use_bidirectional_attention", False, same=(None,), why=_BIDIRECTIONAL),
         mapped("final_logit_softcapping", "logit_softcap"),
         Mapped("query_pre_attn_scalar", ("layer.mixer.scale_dim",), whole=True),
@@ -90,6 +93,7 @@ FORMAT = FamilyFormat(
         Fixed("layer.mixer.qk_norm.zero_centered", True),
         Fixed("layer.norm_placement", "around"),
         Fixed("layer.shared_weights", False),
+        NO_LORA,
     ),
     tensors=Tensors(
         (

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gearshift.formats.common import LAYER_TYPES, WINDOWED_BLOCKS
+from gearshift.formats.common import LAYER_TYPES, NO_LORA, WINDOWED_BLOCKS
 from gearshift.formats.family import FamilyFormat
 from gearshift.formats.fates import Carried, Constant, Fixed, mapped
 from gearshift.formats.gguf.common import NAME, Architecture, decoder, norm_epsilons, rotary, says_nothing, weights
@@ -78,6 +78,7 @@ ARCHITECTURE = Architecture(
             Fixed("prediction_heads", ()),
             Fixed("layer.norm_placement", "around"),
             Fixed("layer.shared_weights", False),
+            NO_LORA,
             # The one of (1 + weight) is part of the weights in these files.
             *(
                 fate

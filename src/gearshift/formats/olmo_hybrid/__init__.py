@@ -1,4 +1,4 @@
-"""OLMo hybrid: Gated DeltaNet in most layers, attention in the others, the norms before the former and after the latter."""
+"""OLMo hybrid: Gated DeltaNet in most layers, norms before it, and attention in the others, norms after it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +10,7 @@ from gearshift.formats.common import (
     DECODER,
     JUNK,
     MLP_WEIGHTS,
+    NO_LORA,
     NORM_EPSILONS,
     OUTER_WEIGHTS,
     OUTPUT_BIAS,
@@ -39,11 +40,20 @@ _RECURRENT = {
     "A_log": "A_log",
     "dt_bias": "dt_bias",
 }
+_NOTHING = {"rope_theta": None, "rope_type": "default"}
 _ONE_ACTIVATION = "it is that of the MLPs and of the convolutions, and Gated DeltaNet here has SiLU convolutions"
 
 
 class _NoPositions(Dialect):
-    """Without positions `rope_theta` is null: the config class makes the default of a null `rope_parameters`."""
+    """Without positions `rope_theta` is null, or `rope_parameters` itself, as it was first published.
+
+    The config class takes the latter for positions with the default base, so that we write the former.
+    """
+
+    def for_class(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        old = any(raw.get(key) is not None for key in ("rope_theta", "rope_scaling"))
+        null = _ROPE in raw and raw[_ROPE] is None and not old
+        return {**raw, _ROPE: dict(_NOTHING)} if null else dict(raw)
 
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
         if values.get(f"{_ROPE}.rope_theta") is not None:
@@ -51,7 +61,7 @@ class _NoPositions(Dialect):
         return {key: value for key, value in values.items() if not key.startswith(f"{_ROPE}.")}
 
     def write(self, config: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
-        return config if config[_ROPE] else config | {_ROPE: {"rope_theta": None, "rope_type": "default"}}
+        return config if config.get(_ROPE) else config | {_ROPE: dict(_NOTHING)}
 
 
 def _norm(kind: str, ours: str, theirs: str) -> Weight:
@@ -96,6 +106,7 @@ FORMAT = FamilyFormat(
         Fixed("layer.norm.type", "rms_norm"),
         Fixed("layer.norm.zero_centered", False),
         Fixed("layer.shared_weights", False),
+        NO_LORA,
         Fixed("full_attention.mixer.type", "attention"),
         Mapped("head_dim", ("full_attention.mixer.head_dim",), default=None, omit_implied=True),
         Fixed("full_attention.mixer.window", None),

@@ -51,6 +51,8 @@ FORMAT = FamilyFormat(
         *NO_QK_NORM,
         # Says how layer_types comes about where it is not given.
         Carried("max_window_layers"),
+        # What Qwen2.5's configs hold: positions of several dimensions, which only its models of images have.
+        Constant("use_mrope", False, write=False),
         Fixed("layer.mixer.qkv_bias", True),
         Fixed("layer.mixer.output_bias", False),
         Fixed("layer.mlp.bias", False),

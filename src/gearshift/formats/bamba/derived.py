@@ -1,0 +1,44 @@
+"""What Bamba's config says of its sizes a second time, or in other words."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from gearshift.formats.dialect import Dialect
+from gearshift.formats.read_config import INFINITY
+from gearshift.spec import ModelSpec
+
+_SHARE = "rope_parameters.partial_rotary_factor"
+
+
+class DerivedKeys(Dialect):
+    """`mamba_expand` and `attn_rotary_emb` follow from other keys; no greatest time step is infinity."""
+
+    def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        rotated, share = values.get("attn_rotary_emb"), values[_SHARE]
+        head_dim = values.get("head_dim") or values["hidden_size"] // max(1, values["num_attention_heads"])
+        # Where they are no numbers, the spec says so.
+        if rotated is not None and isinstance(share, float) and rotated != int(head_dim * share):
+            raise ValueError(f"'attn_rotary_emb' is {rotated!r}, but transformers rotates {share} of {head_dim} channels")
+        limit = values["time_step_limit"]
+        if isinstance(limit, (list, tuple)):
+            limit = [None if bound == math.inf else bound for bound in limit]
+        return {**values, "time_step_limit": limit}
+
+    def write(self, config: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
+        config = dict(config)
+        config["time_step_limit"] = [
+            INFINITY if bound in (None, math.inf) else bound for bound in config["time_step_limit"]
+        ]
+        mixers = {block.mixer.type: block.mixer.model_dump() for block in spec.decoder.blocks.values()}
+        if mamba := mixers.get("mamba2"):
+            channels = mamba["heads"] * mamba["head_dim"]
+            if channels % spec.hidden_size:
+                raise LookupError(
+                    f"{channels} channels of Mamba-2 are not a multiple of hidden_size {spec.hidden_size}"
+                )
+            config["mamba_expand"] = channels // spec.hidden_size
+        if attention := mixers.get("attention"):
+            # Other engines than transformers rotate whole heads where it is not there.
+            config["attn_rotary_emb"] = int(attention["head_dim"] * attention["rotary"]["share"])
+        return config
