@@ -96,6 +96,6 @@ def _add_config(writer: gguf.GGUFWriter, config: Any) -> None:
             writer.add_final_logit_softcapping(config.final_logit_softcapping)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_rope_dimension_count(head_dim)
-    if head_dim != config.hidden_size // config.num_attention_heads:
+    if writer.arch == "gemma3" or head_dim != config.hidden_size // config.num_attention_heads:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)

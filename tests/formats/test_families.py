@@ -1,5 +1,6 @@
 """Every family, every key of its config: in, the same logits, and out again as it was. Nothing can be left out."""
 
+import copy
 import json
 import re
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ def format_of(name: str) -> FamilyFormat:
 def raw(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """A config of the family as transformers writes it."""
     family = FAMILIES[name]
-    return json.loads(family.config_class(**{**family.sizes, **settings}).to_json_string())
+    return json.loads(family.config_class(**copy.deepcopy({**family.sizes, **settings})).to_json_string())
 
 
 def full(name: str) -> dict[str, Any]:

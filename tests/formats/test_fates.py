@@ -66,8 +66,8 @@ def test_the_kinds_of_fates_are_all_used() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"mixer__window": 16}, "block 'layer' has mixer.window 16; these formats can: gearshift, ministral, mistral"),
-        ({"mixer__rotary": None}, "block 'layer' has no mixer.rotary; these formats can: gearshift"),
+        ({"mixer__window": 16}, "block 'layer' has mixer.window 16; these formats can: apriel, apriel2, gearshift, ministral, mistral"),
+        ({"mixer__rotary": None}, "block 'layer' has mixer.rotary None; these formats can: gearshift"),
         ({"mixer__qkv_bias": True}, "block 'layer' has mixer.output_bias False and mixer.qkv_bias True"),
         ({"norm__epsilon": 0.5}, "block 'layer' has norm.epsilon 0.5 and final_norm.epsilon 1e-06"),
         ({"shared_weights": True}, "block 'layer' has shared_weights True"),

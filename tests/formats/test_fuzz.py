@@ -82,6 +82,12 @@ FOUND: dict[str, tuple[str, str, Callable[[bytes], bytes], str]] = {
     "digits without an end": ("llama", CONFIG, lambda text: text.replace(b"16", b"9" * 5000, 1), "is not valid JSON"),
     "sizes beyond any tensor": ("llama", CONFIG, with_value("vocab_size", value=2**62), "there can be no model"),
     "sizes beyond any number": ("llama", CONFIG, with_value("vocab_size", value=2**63), "there can be no model"),
+    "layers without an end": (
+        "dream-yarn",
+        CONFIG,
+        with_value("num_hidden_layers", value=2**31),
+        "at most 4096 layers",
+    ),
     "long values": ("qwen2", CONFIG, with_value("layer_types", value=["x"] * 3000), "config.json: .* \\.\\.\\. "),
     "NUL in a name": ("supernet", CONFIG, with_value("spec", "\x00", value=1), r"spec\.\\x00"),
     "half a character": ("llama", WEIGHTS, in_header(with_value("lm_head.weight", value="\ud800")), r"\\ud800"),

@@ -9,14 +9,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from gearshift import GearshiftConfig, GearshiftForCausalLM
 from gearshift.formats import FORMATS, Checkpoint, InexpressibleError, open_checkpoint
 from gearshift.formats.gguf import ARCHITECTURES
 from gearshift.formats.tensors import Tensors
 from gearshift.model import schema
-from gearshift.plan.execute import materialise
+from gearshift.plan.execute import MappingSource, materialise
 from gearshift.spec import ModelSpec
 from tests.formats.families import families
 from tests.formats.gguf_files import write
@@ -72,6 +72,21 @@ def test_logits_are_those_of_transformers(tmp_path: Path, architecture: str, set
     theirs = make(tmp_path / "source", architecture, **settings)
     write(tmp_path / "model.gguf", theirs, architecture)
     check_logits(theirs, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_tensors_are_those_that_transformers_reads(tmp_path: Path, architecture: str) -> None:
+    made = make(tmp_path / "source", architecture, **(GEMMA3 if architecture == "gemma3" else {}))
+    write(tmp_path / "model.gguf", made, architecture)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).state_dict()
+    checkpoint = open_checkpoint(tmp_path / "model.gguf")
+    names = FORMATS[architecture].plan(checkpoint.native.spec, checkpoint.schema).invert()
+    found = materialise(names, MappingSource(materialise(checkpoint.plan, checkpoint.source)))
+    assert found.keys() == theirs.keys() - ({"lm_head.weight"} if architecture == "gemma3" else set())
+    for name, tensor in found.items():
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            tensor = tensor - 1
+        assert tensor.equal(theirs[name]), name
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])

@@ -27,6 +27,11 @@ class Format(ABC):
     companions: ClassVar[Mapping[str, str]] = {}
     """Files that a folder of this format needs to be loaded, by name. Most need none."""
 
+    @property
+    def in_transformers(self) -> bool:
+        """Whether transformers has the family's classes, so that no code of a checkpoint's is needed to run it."""
+        return False
+
     @abstractmethod
     def to_native(self, raw: Mapping[str, Any]) -> NativeConfig:
         """Read a config. ValueError that names the key if there is anything in it that we cannot say."""

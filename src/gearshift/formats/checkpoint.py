@@ -19,6 +19,7 @@ from gearshift.formats.registry import FORMATS
 from gearshift.plan import Plan, Schema, prevailing_dtype
 from gearshift.plan.execute import Source
 from gearshift.spec.parts import DTYPE_BYTES
+from gearshift.spec.placement import MOST_LAYERS
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model")
@@ -121,6 +122,7 @@ def _open_folder(folder: Path, name: str, allow_pickle: bool, file: Path | None 
     if not config.is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG}: it is not a model folder")
     raw = read_json(config)
+    _check_layers(config, raw)
     try:
         format = FORMATS.for_model_type(raw.get("model_type"))
         native = format.to_native(raw)
@@ -180,7 +182,7 @@ def choose_format(native: NativeConfig) -> tuple[Format, str]:
     """
     own = FORMATS["gearshift"]
     origin = native.source.get("format")
-    families = [name for name in FORMATS if FORMATS[name].writable and _in_transformers(FORMATS[name])]
+    families = [name for name in FORMATS if FORMATS[name].writable and FORMATS[name].in_transformers]
     first_reason = ""
     # Of two that can, the one with fewer kinds of block is the older and better known.
     for name in sorted(families, key=lambda name: (name != origin, FORMATS[name].kinds, name)):
@@ -193,9 +195,12 @@ def choose_format(native: NativeConfig) -> tuple[Format, str]:
     return own, f"no class of transformers can express it: {first_reason}"
 
 
-def _in_transformers(format: Format) -> bool:
-    """Whether the family's classes are transformers' own, so that no code of a checkpoint's is needed to run it."""
-    return str(getattr(format, "config_class", None)).startswith("transformers.")
+def _check_layers(config: Path, raw: Mapping[str, Any]) -> None:
+    """ValueError for absurdly many layers: transformers' classes make lists of that length before anybody looks."""
+    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        layers = part.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > MOST_LAYERS:
+            raise ValueError(f"{config}: 'num_hidden_layers' is {layers}, and at most {MOST_LAYERS} layers are read")
 
 
 def _newer(raw: Mapping[str, Any]) -> str:

@@ -72,7 +72,6 @@ class FamilyFormat(Format):
 
     @property
     def in_transformers(self) -> bool:
-        """Whether transformers has the family's classes, so that no code of a checkpoint's is needed to run it."""
         known = self._table.family_class
         return known is not None and known.model_type == self.model_type
 

@@ -3,6 +3,7 @@
 A module here is a family, named as its format, with a `FAMILY`. `tests/formats/test_families.py` runs them all.
 """
 
+import copy
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -104,7 +105,8 @@ class Family:
     def save(self, folder: Path, **settings: Any) -> PreTrainedModel:
         """Save a random model to `folder`; the model."""
         torch.manual_seed(0)
-        config = self.config_class(**{**self.sizes, **settings})
+        # Copied, for some classes add to the mappings that they are given.
+        config = self.config_class(**copy.deepcopy({**self.sizes, **settings}))
         model = getattr(transformers, self.model)(config)
         with torch.no_grad():
             for parameter in model.parameters():  # norms and biases too: fresh ones are all ones and zeros

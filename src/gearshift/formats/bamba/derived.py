@@ -19,7 +19,9 @@ class DerivedKeys(Dialect):
         head_dim = values.get("head_dim") or values["hidden_size"] // max(1, values["num_attention_heads"])
         # Where they are no numbers, the spec says so.
         if rotated is not None and isinstance(share, float) and rotated != int(head_dim * share):
-            raise ValueError(f"'attn_rotary_emb' is {rotated!r}, but transformers rotates {share} of {head_dim} channels")
+            raise ValueError(
+                f"'attn_rotary_emb' is {rotated!r}, but transformers rotates {share} of {head_dim} channels"
+            )
         limit = values["time_step_limit"]
         if isinstance(limit, (list, tuple)):
             limit = [None if bound == math.inf else bound for bound in limit]
@@ -27,9 +29,9 @@ class DerivedKeys(Dialect):
 
     def write(self, config: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
         config = dict(config)
-        config["time_step_limit"] = [
-            INFINITY if bound in (None, math.inf) else bound for bound in config["time_step_limit"]
-        ]
+        low, high = config.pop("time_step_limit")
+        if (low, high) not in ((0.0, None), (0.0, math.inf)):
+            config["time_step_limit"] = [low, INFINITY if high in (None, math.inf) else high]
         mixers = {block.mixer.type: block.mixer.model_dump() for block in spec.decoder.blocks.values()}
         if mamba := mixers.get("mamba2"):
             channels = mamba["heads"] * mamba["head_dim"]

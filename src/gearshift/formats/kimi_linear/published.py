@@ -31,6 +31,9 @@ REPEATED = (*(f"{_OUTER}.{key}" for key in (*_INNER, *_LAYERS)), _DENSE_LAYERS, 
 class PublishedLayout(Dialect):
     """Some keys twice, and the width of the shared experts as their number."""
 
+    # There are no rotary positions that they could speak of.
+    beside_class = frozenset({"rope_scaling", "rope_theta"})
+
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
         for key, said in _repeated(values).items():
             if values.get(key) is not None and values[key] != said:
