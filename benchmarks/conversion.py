@@ -6,8 +6,8 @@ For each size makes a random Llama-shaped bfloat16 checkpoint, then takes turns,
 conversion to the Gearshift format (the same bytes out), `cp -r` of the supernet that the quickstart's surgery makes of
 it, and the conversion with that surgery. Each time includes flushing what was written to the disk; start-up and imports
 are not counted. The share of cp is the median over the rounds of the bytes a second beside those of the `cp -r` of as
-many bytes in the same round. Peak memory is what was resident beyond the process as it was after its imports, mapped
-pages of the source included.
+many bytes in the same round. Peak memory is what a process of its own had resident at most, beyond what it had after
+its imports, mapped pages of the source included.
 """
 
 import argparse
@@ -19,6 +19,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +30,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from gearshift.conversion import convert
-from gearshift.surgery import load_surgery
+from gearshift.surgery import Surgery, load_surgery
 
 SURGERY = Path(__file__).parents[1] / "recipes" / "quickstart" / "surgery.yaml"
 COPY, COPY_RESULT = "cp -r", "cp -r of the supernet"
@@ -40,8 +42,6 @@ class Run(NamedTuple):
 
     seconds: float
     bytes: int
-    peak: int
-    """Bytes resident at most."""
 
     @property
     def speed(self) -> float:
@@ -97,19 +97,26 @@ def status(field: str) -> int:
 
 
 def timed(work: Callable[[], object], out: Path) -> Run:
-    """How long `work` takes until its result `out` is on the disk, how large that is, and the memory at most."""
+    """How long `work` takes until its result `out` is on the disk, and how large that is."""
     os.sync()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     started = time.perf_counter()
     work()
     os.sync()
     seconds = time.perf_counter() - started
     size = sum(file.stat().st_size for file in out.iterdir())
     shutil.rmtree(out)
-    return Run(seconds, size, status("VmHWM"))
+    return Run(seconds, size)
 
 
-def measure(scratch: Path, size: float, shard_count: int, rounds: int, pause: float, idle: int) -> Table:
+def peak_memory(source: Path, out: Path, surgeries: list[Surgery]) -> int:
+    """The bytes that a conversion has resident at most, beyond those of the process before it."""
+    idle = status("VmRSS")
+    convert(source, surgeries).write(out)
+    shutil.rmtree(out)
+    return status("VmHWM") - idle
+
+
+def measure(scratch: Path, size: float, shard_count: int, rounds: int, pause: float) -> Table:
     """Every way of conversion at one size."""
     surgery = load_surgery(SURGERY)
     source, supernet, out = (scratch / name for name in ("source", "supernet", "out"))
@@ -131,6 +138,10 @@ def measure(scratch: Path, size: float, shard_count: int, rounds: int, pause: fl
         for name in order:
             time.sleep(pause)
             measured[-1][name] = timed(ways[name], out)
+    peaks = {}
+    for name, surgeries in (("convert", []), ("convert with surgery", [surgery])):
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            peaks[name] = fresh.submit(peak_memory, source, out, surgeries).result()
     for folder in (source, supernet):
         shutil.rmtree(folder)
     title = f"{size / 1e9:g} GB, largest shard {shard / 1e6:.0f} MB, {rounds} rounds"
@@ -141,14 +152,13 @@ def measure(scratch: Path, size: float, shard_count: int, rounds: int, pause: fl
             round[name].bytes / round[name].seconds * round["cp -r"].seconds / round["cp -r"].bytes
             for round in measured
         ]
-        peak = max(runs[name].peak for runs in measured) - idle
         table.add_row(
             name,
             f"{statistics.median(seconds):.2f}",
             f"{min(seconds):.2f} - {max(seconds):.2f}",
             f"{measured[0][name].bytes / 1e9:.2f}",
             f"{statistics.median(shares):.0%}",
-            "" if name in (COPY, COPY_RESULT) else f"{peak / 1e6:.0f} MB, {peak / shard:.2f} shards",
+            f"{peaks[name] / 1e6:.0f} MB, {peaks[name] / shard:.2f} shards" if name in peaks else "",
         )
     return table
 
@@ -160,10 +170,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--pause", type=float, default=0.0, help="seconds before each, for a disk that allows bursts")
     options = parser.parse_args()
-    idle = status("VmRSS")
     for gigabytes in options.gigabytes:
         with tempfile.TemporaryDirectory(dir=".") as scratch:
-            table = measure(Path(scratch), gigabytes * 1e9, options.shards, options.runs, options.pause, idle)
+            table = measure(Path(scratch), gigabytes * 1e9, options.shards, options.runs, options.pause)
         Console(width=110).print(table)
 
 

@@ -98,7 +98,8 @@ def export(
 
     Args:
         model: a folder, a .gguf file or a hub name.
-        placement: what to prune to; may be None only where there is nothing to choose.
+        placement: what to prune to; may be None only where there is nothing to choose, or where the format named has
+            supernets of its own.
         format: `auto`, or a format's name. `auto` takes a native transformers class if one can express the placement.
         merge_lora: whether to merge LoRA adapters into the weights (see `gearshift.surgery.merge`).
 
@@ -113,13 +114,16 @@ def export(
 
         checkpoint = merged(checkpoint)
     native, plan = checkpoint.native, checkpoint.plan
-    if placement is None and native.spec.is_supernet:
+    if placement is not None or not native.spec.is_supernet:
+        chosen = resolve_placement(placement, native.presets, native.spec.choices) if placement else native.spec.main
+        spec, pruning = prune(native.spec, checkpoint.schema, chosen)
+        plan = plan.compose(pruning)
+    elif format in ("auto", "gearshift") or not FORMATS[format].can_express(native):
         presets = ", ".join(native.presets) or "none yet"
         raise ValueError(f"this model offers a choice of mixers: name a --placement (its presets: {presets})")
-    chosen = resolve_placement(placement, native.presets, native.spec.choices) if placement else native.spec.main
-    spec, pruning = prune(native.spec, checkpoint.schema, chosen)
+    else:
+        spec = native.spec
     native = replace(native, spec=spec, presets={}, default_preset=None)
-    plan = plan.compose(pruning)
     target, reason = choose_format(native) if format == "auto" else (FORMATS[format], "")
     config = target.to_config(native)
     if target.name != "gearshift":

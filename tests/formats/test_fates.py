@@ -66,7 +66,10 @@ def test_the_kinds_of_fates_are_all_used() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"mixer__window": 16}, "block 'layer' has mixer.window 16; these formats can: apriel, apriel2, gearshift, ministral, mistral"),
+        (
+            {"mixer__window": 16},
+            "block 'layer' has mixer.window 16; these formats can: apriel, apriel2, gearshift, ministral, mistral",
+        ),
         ({"mixer__rotary": None}, "block 'layer' has mixer.rotary None; these formats can: gearshift"),
         ({"mixer__qkv_bias": True}, "block 'layer' has mixer.output_bias False and mixer.qkv_bias True"),
         ({"norm__epsilon": 0.5}, "block 'layer' has norm.epsilon 0.5 and final_norm.epsilon 1e-06"),

@@ -25,6 +25,12 @@ from gearshift.surgery import Surgery, operate, prune
 
 logging.disable_progress_bar()
 LORA = {"rank": 3, "alpha": 6}
+EXPERTS = {
+    "experts": 3,
+    "experts_per_token": 2,
+    "intermediate_size": 8,
+    "shared": {"type": "gated", "intermediate_size": 8},
+}
 
 
 def with_lora(spec: ModelSpec, **lora: Any) -> ModelSpec:
@@ -127,7 +133,10 @@ def test_fresh_adapters_are_more_tensors_that_change_nothing() -> None:
 
 
 def test_every_tensor_has_a_start() -> None:
-    spec = with_lora(supernet_spec(layers=2))
+    dump = with_lora(supernet_spec(layers=2)).model_dump(mode="json")
+    head = {"mixer": ATTENTION, "mlp": {"type": "mixture_of_experts", **EXPERTS}, "lora": LORA}
+    spec = ModelSpec.model_validate(dump | {"prediction_heads": [{"block": head}]})
+    assert "model.prediction_heads.0.block.mlp.shared.up_proj.lora_A.default.weight" in initial(spec)
     assert initial(spec).keys() == schema(spec, "float32").keys()
     torch.manual_seed(0)
     fresh = GearshiftForCausalLM(GearshiftConfig(spec)).state_dict()

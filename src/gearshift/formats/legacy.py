@@ -29,7 +29,7 @@ _LETTERS = {
 _OWN = {"blocks", _PATTERN, _LAYOUT, "transformer", "ssm"}
 _MODEL_KEYS = ("num_layers", "hidden_size", "normalization")
 """The keys of `transformer` that say something of the whole model."""
-_TRANSFORMER_DEFAULTS = {"num_attention_heads": 8, "head_groups": 1, "gated": False, "add_linear_biases": True}
+_TRANSFORMER_DEFAULTS = {"num_heads": 8, "num_kv_heads": 1, "gated": False, "add_linear_biases": True}
 _PEFT_LAYERS = {"query": "mixer.q_proj", "key": "mixer.k_proj", "value_": "mixer.v_proj", "dense": "mixer.o_proj"}
 _NOT_THE_MODEL = re.compile(
     r"init_method_.*|initializer_range|.*lr_scale|.*dropout|.*recompute.*|debug_.*|dpo_.*|enable_dpo|cross_entropy_.*"
@@ -78,6 +78,9 @@ def _as_blocks(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Layout (a) as (b): each letter becomes a block of that name."""
     transformer, ssm = (_section(raw, key) for key in ("transformer", "ssm"))
     everywhere = {key: transformer[key] for key in _MODEL_KEYS if key in transformer}
+    for key, value in everywhere.items():
+        if raw.get(key, value) != value:
+            raise ValueError(f"{key!r} is {raw[key]!r}, but 'transformer.{key}' is {value!r}")
     model = {key: value for key, value in raw.items() if key not in ("transformer", "ssm", _LAYOUT)} | everywhere
     layout = raw.get(_LAYOUT) or ["m2d"]
     if not isinstance(layout, list) or not all(isinstance(letter, str) and letter in _LETTERS for letter in layout):
@@ -88,7 +91,9 @@ def _as_blocks(raw: Mapping[str, Any]) -> dict[str, Any]:
     attention, rest = _first_keys(ATTENTION), _first_keys(BLOCK, GATED_MLP, PLAIN_MLP)
     _check_known("transformer", transformer, attention | rest | {*_MODEL_KEYS, "peft"})
     _check_known("ssm", ssm, _first_keys(MAMBA1) | {"activation_type", "normalization"})
-    settings = {key: value for key, value in (_TRANSFORMER_DEFAULTS | transformer).items() if key not in _MODEL_KEYS}
+    said = {ATTENTION.aliases.get(key, key) for key in transformer}
+    settings = {key: value for key, value in _TRANSFORMER_DEFAULTS.items() if key not in said}
+    settings |= {key: value for key, value in transformer.items() if key not in _MODEL_KEYS}
     shared = {key: value for key, value in settings.items() if key in rest}
     mamba = {key: value for key, value in ssm.items() if key not in ("activation_type", "normalization")}
     mamba["conv_activation"] = ssm.get("activation_type")

@@ -16,7 +16,7 @@ from gearshift.formats.sections import (
     SectionFate,
     Stated,
     Values,
-    keys_of,
+    key_of,
     used_blocks,
     whole,
 )
@@ -171,7 +171,7 @@ def _head_dim(values: Values) -> int:
 
 def _ssm(variant: str, spec: type[MixerSpec], *fates: SectionFate) -> Section:
     """The section of a state-space block. All variants know all keys, whether they have a use for them or not."""
-    said = {key for fate in fates for key in keys_of(fate)}
+    said = {key_of(fate) for fate in fates}
     common = (
         Stated("expansion_factor", 2),
         *(() if "d_inner" in said else (Stated("d_inner", _expanded),)),
@@ -179,7 +179,7 @@ def _ssm(variant: str, spec: type[MixerSpec], *fates: SectionFate) -> Section:
         mapped("conv_kernel_dimension", "conv_kernel", default=4),
         mapped("add_bias_linear", "projection_bias", default=False),
     )
-    known = said.union(*(keys_of(fate) for fate in common))
+    known = said | {fate.key for fate in common}
     return Section(
         f"a legacy {variant} block",
         spec,
@@ -257,11 +257,18 @@ def _kind(raw: Mapping[str, Any]) -> Any:
     kind, variant = raw.get("kind", raw.get("type")), raw.get("variant")
     if kind is None:
         kind = "transformer" if variant is None else "ssm"
+    if kind == "ssm" and variant is None:
+        raise ValueError(f"a block of the kind 'ssm' needs a variant: one of {', '.join(VARIANTS)}")
     if kind == "ssm":
         return variant
     if variant is not None:
         raise ValueError(f"a block of the kind {kind!r} has no variant, but it is {variant!r}")
     return kind
+
+
+def _gated(raw: Mapping[str, Any]) -> Any:
+    """Whether a block's MLP has a gate."""
+    return True if raw.get("gated") is None else raw["gated"]
 
 
 _MLP: tuple[SectionFate, ...] = (
@@ -328,7 +335,7 @@ BLOCK = Section(
         Stated("add_linear_biases", False),
         *_norm("norm", _parent("normalization.epsilon"), _parent("normalization.zero_centered")),
         Inner("", "mixer", {"transformer": ATTENTION, **VARIANTS}, by=_kind),
-        Inner("", "mlp", {True: GATED_MLP, False: PLAIN_MLP}, by=lambda raw: raw.get("gated", True)),
+        Inner("", "mlp", {True: GATED_MLP, False: PLAIN_MLP}, by=_gated),
         mapped("shared_weights", "shared_weights", default=False),
         Inner("lora", "lora", {"lora": LORA, "none": None}, default="lora", absent={"type": "none"}),
         Fixed("norm_placement", "before"),
@@ -345,6 +352,7 @@ DECODER = Section(
         mapped("block_pattern", "pattern"),
         Named("blocks", "blocks", {"": BLOCK}, by=None, wanted=used_blocks("block_pattern", "num_layers")),
     ),
+    {"hybrid_block_layout": "block_pattern", "pattern": "block_pattern"},
 )
 MODEL = Section(
     "the legacy model",

@@ -51,7 +51,7 @@ class NativeConfig:
                 placement.validate(self.spec.choices)
             except ValueError as error:
                 raise ValueError(f"preset {name!r}: {error}") from None
-        if self.default_preset is not None and self.default_preset not in self.presets:
+        if self.default_preset is not None and self.default_preset not in [*self.presets]:
             known = ", ".join(self.presets) or "none"
             raise ValueError(f"the default preset {self.default_preset!r} is not among the presets ({known})")
         if self.dtype not in DTYPE_BYTES:
@@ -78,7 +78,7 @@ class NativeConfig:
         """Read the content of a `config.json`. ValueError that names the key if there is anything wrong with it."""
         if raw.get("model_type") != MODEL_TYPE:
             raise ValueError(f"the model_type is {raw.get('model_type')!r}, not {MODEL_TYPE!r}")
-        raw = _with_spec(raw)
+        raw = with_spec(raw)
         presets = _mapping(raw, "presets")
         if wrong := [name for name, text in presets.items() if not isinstance(text, str)]:
             raise ValueError(f"preset {wrong[0]!r} is not a placement such as 'attention*3,gdn': {presets[wrong[0]]!r}")
@@ -93,8 +93,8 @@ class NativeConfig:
         )
 
 
-def _with_spec(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """With the model under `spec`, where older layouts have it among the other keys. ValueError if there is none."""
+def with_spec(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A `config.json` with the model under `spec`; older layouts have it among the other keys. ValueError without."""
     from gearshift.formats.legacy import is_legacy
 
     if "spec" in raw:

@@ -11,7 +11,6 @@ from gearshift.formats.leaves import flatten, set_at
 from gearshift.formats.native import hint, sentence
 from gearshift.formats.read_config import _check_constant as check_constant
 from gearshift.formats.sections import (
-    Agreed,
     Inner,
     Named,
     Repeated,
@@ -19,7 +18,7 @@ from gearshift.formats.sections import (
     SectionFate,
     Stated,
     Values,
-    keys_of,
+    key_of,
     paths_of,
 )
 
@@ -50,6 +49,11 @@ class _Here:
         self.values[key] = value
         return value
 
+    def set(self, fate: SectionFate, value: Any) -> None:
+        """Set the leaves that a fate is of."""
+        for leaf in paths_of(fate):
+            set_at(self.tree, leaf, value)
+
 
 @dataclass
 class SectionReader:
@@ -69,8 +73,8 @@ class SectionReader:
         ValueError that names the key if there is anything in `raw` that the section cannot say.
         """
         raw = _mapping(raw, where)
-        here = _Here(section, raw, _flat(section, raw, where), (outer or Values()).new_child(), where, path)
         try:
+            here = _Here(section, raw, _flat(section, raw, where), (outer or Values()).new_child(), where, path)
             for fate in section.fates:
                 self._take(fate, here)
             for fate in section.fates:
@@ -88,15 +92,16 @@ class SectionReader:
         """Do what a fate says with the keys that it is of."""
         match fate:
             case Fixed():
-                set_at(here.tree, fate.path, fate.value)
+                here.set(fate, fate.value)
             case Inner():
-                set_at(here.tree, fate.path, self._inner(fate, here))
+                here.set(fate, self._inner(fate, here))
             case Constant():
                 check_constant(here.given.get(fate.key, fate.value), fate)
             case WeightDtype():
                 self.dtype = str(here.given.get(fate.key) or "").removeprefix("torch.") or None
             case Carried():
-                value = here.given.get(fate.key, here.section.defaults.get(fate.key))
+                # Here a null says something other than an absent key.
+                value = here.raw.get(fate.key, here.section.defaults.get(fate.key))
                 if not here.path and fate.extra in CARRIED and value is not None:
                     self.extras[fate.extra] = value
                 elif value is not None and value != here.section.defaults.get(fate.key):
@@ -107,18 +112,13 @@ class SectionReader:
                     self.notes.append(fate.note)
             case Repeated():
                 expected = here.values[fate.of]
-                value = here.value(fate.key, expected)
+                value = here.value(fate.key, expected if fate.default is REQUIRED else fate.default)
                 if value != expected:
-                    raise ValueError(f"{fate.key!r} is {value!r}, but {fate.of!r} is {expected!r} for the whole model")
-                for leaf in paths_of(fate):
-                    set_at(here.tree, leaf, value)
-            case Agreed() | Mapped():
-                found = [here.value(key, fate.default) for key in keys_of(fate)]
-                if any(value != found[0] for value in found):
-                    said = ", ".join(f"{key!r} is {value!r}" for key, value in zip(keys_of(fate), found, strict=True))
-                    raise ValueError(f"{said}: Gearshift has one setting for all of them")
-                for leaf in paths_of(fate):
-                    set_at(here.tree, leaf, fate.ours(found[0]) if isinstance(fate, Mapped) else found[0])
+                    whose = "" if fate.of in here.section.keys and fate.of != fate.key else "the model's "
+                    raise ValueError(f"{fate.key!r} is {value!r}, but {whose}{fate.of!r} is {expected!r}")
+                here.set(fate, value)
+            case Mapped():
+                here.set(fate, fate.ours(here.value(fate.key, fate.default)))
 
     def _inner(self, fate: Inner, here: _Here) -> Any:
         """The spec, or for a `Named` fate the specs by name, that a key holds."""
@@ -203,6 +203,6 @@ def _told(section: Section, error: ValidationError, where: str) -> str:
     path = ".".join(map(str, error.errors()[0]["loc"]))
     message = sentence(error).partition(": ")[2]
     for fate in section.fates:
-        if path in paths_of(fate) and (keys := keys_of(fate)):
-            return f"{_below(where, keys[0])!r}: {message}"
+        if path in paths_of(fate) and (key := key_of(fate)):
+            return f"{_below(where, key)!r}: {message}"
     return f"{where or 'config'}: {message}" if path == "" else f"{where or 'config'}: {path}: {message}"

@@ -2,7 +2,8 @@
 
 A section is a mapping in the config and the spec that it describes: the model, a block, a mixer of one kind. Its keys
 and the spec's leaves have the fates of `fates`, and those below; each has exactly one, checked when it is built. A key
-within a mapping is written with a dot; a null counts as an absent key. A default may be a function of `Values`.
+within a mapping is written with a dot. A null counts as an absent key, but for what is `Carried`. A default may be a
+function of `Values`.
 """
 
 from collections import ChainMap
@@ -41,23 +42,15 @@ def used_blocks(pattern: str, layers: str) -> Callable[[Values], set[str]]:
 
 
 @dataclass(frozen=True)
-class Agreed:
-    """Several keys that must have one value, which the leaf at `path` holds."""
-
-    keys: tuple[str, ...]
-    path: str
-    default: Any = REQUIRED
-    """The value of each that is absent."""
-
-
-@dataclass(frozen=True)
 class Repeated:
-    """A key that, where it is there, must agree with the key `of` of a section around this one."""
+    """A key that must agree with the key `of`, of this section or of one around it."""
 
     key: str
     of: str
     path: str | None = None
-    """The leaf that has this value, if one does."""
+    """The leaf that has this value, if it is another than that of `of`."""
+    default: Any = REQUIRED
+    """What its absence means, if not that it agrees."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,7 @@ class Named(Inner):
     """The names of those that are of any use; None for all."""
 
 
-SectionFate = Mapped | Constant | Carried | WeightDtype | Fixed | Agreed | Repeated | Stated | Inner
+SectionFate = Mapped | Constant | Carried | WeightDtype | Fixed | Repeated | Stated | Inner
 
 
 @dataclass(frozen=True)
@@ -130,7 +123,7 @@ class Section:
     @property
     def keys(self) -> list[str]:
         """Every key that has a fate."""
-        return [key for fate in self.fates for key in keys_of(fate) if key]
+        return [key for fate in self.fates if (key := key_of(fate))]
 
     @property
     def type(self) -> Any:
@@ -144,11 +137,9 @@ class Section:
         return frozenset(".".join(part[:count]) for part in parts for count in range(1, len(part)))
 
 
-def keys_of(fate: SectionFate) -> tuple[str, ...]:
-    """The keys that a fate is of."""
-    if isinstance(fate, Agreed):
-        return fate.keys
-    return () if isinstance(fate, Fixed) else (fate.key,)
+def key_of(fate: SectionFate) -> str:
+    """The key that a fate is of; an empty one if there is none."""
+    return "" if isinstance(fate, Fixed) else fate.key
 
 
 def paths_of(fate: SectionFate) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 from gearshift.formats.base import InexpressibleError
 from gearshift.formats.fates import CARRIED, Carried, Constant, Fixed, Mapped, WeightDtype
 from gearshift.formats.leaves import flatten, set_at, value_at
-from gearshift.formats.sections import Agreed, Inner, Named, Repeated, Section, SectionFate, Stated, Values, keys_of
+from gearshift.formats.sections import Inner, Named, Repeated, Section, SectionFate, Stated, Values
 from gearshift.spec import Spec
 
 _BLOCKS = "decoder.blocks."
@@ -59,15 +59,14 @@ class SectionWriter:
                     set_at(config, fate.key, fate.write(spec))
             case Repeated():
                 if fate.path is not None:
-                    set_at(config, fate.key, self._leaf(spec, fate.path, path, values[fate.of]))
-            case Agreed() | Mapped():
-                paths = (fate.path,) if isinstance(fate, Agreed) else fate.paths
-                value = self._leaf(spec, paths[0], path)
-                for other in paths[1:]:
+                    self._leaf(spec, fate.path, path, values[fate.of])
+                set_at(config, fate.key, values[fate.of])
+            case Mapped():
+                value = self._leaf(spec, fate.paths[0], path)
+                for other in fate.paths[1:]:
                     self._leaf(spec, other, path, value)
-                if value is not None or not (isinstance(fate, Mapped) and fate.omit_none):
-                    for key in keys_of(fate):
-                        set_at(config, key, fate.theirs(value) if isinstance(fate, Mapped) else value)
+                if value is not None or not fate.omit_none:
+                    set_at(config, fate.key, fate.theirs(value))
 
     def _inner(self, fate: Inner, spec: Any, path: str, values: Values) -> dict[str, Any]:
         """The section of what a key holds, and the word for it: the first that can say it."""

@@ -18,7 +18,7 @@ from gearshift.model.adapter_names import BASE
 from gearshift.model.block import Block, StochasticMixer
 from gearshift.model.schema import skeleton
 from gearshift.plan import Constant, Initialiser, Uniform
-from gearshift.spec import BlockSpec, LoraSpec, ModelSpec
+from gearshift.spec import LoraSpec, ModelSpec
 
 try:
     from peft import LoraConfig, inject_adapter_in_model
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """What PEFT calls the files of a folder of adapters."""
+_WEIGHTS = ("weight", "bias")
 _NAME = "default"
 _PREFIX = "base_model.model."
 
@@ -57,12 +58,13 @@ class AdaptedLinear(lora.Linear):
 
 
 def _to_plain(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    for name in [name for name in state if name.startswith(prefix + BASE)]:
-        state[prefix + name.removeprefix(prefix + BASE)] = state.pop(name)
+    for name in _WEIGHTS:
+        if prefix + BASE + name in state:
+            state[prefix + name] = state.pop(prefix + BASE + name)
 
 
 def _from_plain(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-    for name in ("weight", "bias"):
+    for name in _WEIGHTS:
         if prefix + name in state:
             state[prefix + BASE + name] = state.pop(prefix + name)
 
@@ -112,7 +114,7 @@ def adapter_config(spec: ModelSpec) -> LoraConfig:
     ranks = {path: layer.r[_NAME] for path, layer in adapted.items()}
     alphas = {path: _whole(layer.lora_alpha[_NAME]) for path, layer in adapted.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    dropouts = {block.lora.dropout for block in _blocks(spec) if block.lora is not None}
+    dropouts = {getattr(layer.lora_dropout[_NAME], "p", 0.0) for layer in adapted.values()}
     return LoraConfig(
         task_type="CAUSAL_LM",
         inference_mode=True,
@@ -191,10 +193,6 @@ def _check_scales(model: nn.Module, config: LoraConfig, folder: str | Path) -> N
             raise ValueError(
                 f"{folder}: the adapter of {path} has alpha {alpha}, and the spec's lora {layer.lora_alpha[_NAME]}"
             )
-
-
-def _blocks(spec: ModelSpec) -> list[BlockSpec]:
-    return [*spec.decoder.blocks.values(), *(head.block for head in spec.prediction_heads)]
 
 
 def _whole(value: float) -> float:

@@ -20,7 +20,7 @@ class _Registered:
         self.more = {spec.model_fields["type"].default: spec for spec in more}
 
     def _parse(self, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("type") in self.more:
+        if isinstance(value, dict) and str(value.get("type")) in self.more:
             return self.more[value["type"]].model_validate(value)
         return self.registry.parse(value)
 

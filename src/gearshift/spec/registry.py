@@ -73,7 +73,7 @@ class Registry:
 
     def __getitem__(self, name: str) -> Kind:
         """The kind called `name`. ValueError with the nearest names if there is none."""
-        if name not in self._paths:
+        if not isinstance(name, str) or name not in self._paths:
             near = get_close_matches(str(name), self.names())
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(self.names())}"
             raise ValueError(f"unknown {self.what} type {name!r}: {hint}")

@@ -102,7 +102,7 @@ def operate(
 
 def prune(spec: ModelSpec, source: Schema, placement: Placement) -> tuple[ModelSpec, Plan]:
     """The model that `placement` makes of a supernet with the tensors `source`: plain mixers only, and its plan."""
-    draft = prune_draft(original(spec, source, prevailing_dtype(source)), placement).with_adapters()
+    draft = prune_draft(original(spec, source, prevailing_dtype(source)), placement)
     return draft.spec, _plan(draft, source, None)
 
 

@@ -3,11 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from gearshift.formats.common import NO_LORA
+from gearshift.formats.common import ANY_MODEL, NO_LORA
 from gearshift.formats.fates import Carried, Constant, Fixed, WeightDtype, mapped, optional
 from gearshift.formats.rotary_sections import LLAMA3, PLAIN, YARN
 from gearshift.formats.sections import (
-    Agreed,
     Inner,
     Named,
     Repeated,
@@ -47,7 +46,9 @@ ATTENTION = Section(
         optional("window_size", "window"),
         mapped("causal", "causal", default=True),
         Stated("add_linear_biases", False, write=lambda spec: spec.qkv_bias and spec.output_bias),
-        Agreed(tuple(f"{name}_layer.bias.enabled" for name in ("query", "key", "value")), "qkv_bias", _linear_biases),
+        mapped("query_layer.bias.enabled", "qkv_bias", default=_linear_biases),
+        Repeated("key_layer.bias.enabled", "query_layer.bias.enabled", default=_linear_biases),
+        Repeated("value_layer.bias.enabled", "query_layer.bias.enabled", default=_linear_biases),
         mapped("dense_layer.bias.enabled", "output_bias", default=_linear_biases),
         Inner("rotary", "rotary", ROTARY),
         # Matters where images and text stand in one sequence.
@@ -198,14 +199,22 @@ PATTERN_DECODER = Section(
 )
 
 
+_ANY_MODEL = tuple(
+    fate
+    for fate in ANY_MODEL
+    if isinstance(fate, Constant | Carried | WeightDtype) and fate.key not in ("auto_map", "pad_token_id")
+)
+"""What transformers keeps in every config, but for what this family does in its own way."""
+
+
 def model(architecture: str, *more: SectionFate) -> Section:
     """The whole config of a class that calls itself `architecture`, with keys of its own beside the others."""
     return Section(
         "apriel2's config",
         ModelSpec,
         (
+            *_ANY_MODEL,
             Constant("architectures", [architecture], same=(None,)),
-            WeightDtype("dtype"),
             mapped("vocab_size", "vocab_size", default=32000),
             mapped("hidden_size", "hidden_size", default=4096),
             mapped("embeddings.max_position_embeddings", "max_positions", default=2048),
@@ -218,8 +227,6 @@ def model(architecture: str, *more: SectionFate) -> Section:
             Fixed("scale_embeddings", False),
             Fixed("logit_softcap", None),
             Fixed("prediction_heads", ()),
-            Carried("bos_token_id", null=True),
-            Carried("eos_token_id", null=True),
             Carried("pad_token_id"),
             Carried("use_cache"),
             # The files that it names do not come along.

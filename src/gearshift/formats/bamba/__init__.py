@@ -1,6 +1,6 @@
 """Bamba: Mamba-2 in most layers, attention that rotates half of each head in the others."""
 
-from gearshift.formats.bamba.derived import DerivedKeys
+from gearshift.formats.bamba.derived import SHARE, DerivedKeys
 from gearshift.formats.common import (
     ALIASES,
     ANY_MODEL,
@@ -32,7 +32,7 @@ FORMAT = FamilyFormat(
     model_type="bamba",
     config_class="transformers.models.bamba.configuration_bamba:BambaConfig",
     nested=ROTARY_NESTED,
-    aliases=ALIASES,
+    aliases={**ALIASES, "partial_rotary_factor": SHARE},
     dialect=DerivedKeys(),
     blocks={"mamba": BlockKind("mamba2"), "attention": BlockKind("attention")},
     layers=(LayerNumbers("attn_layer_indices", listed=("attention",), others=("mamba",), null=True),),

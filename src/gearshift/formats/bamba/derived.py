@@ -8,20 +8,23 @@ from gearshift.formats.dialect import Dialect
 from gearshift.formats.read_config import INFINITY
 from gearshift.spec import ModelSpec
 
-_SHARE = "rope_parameters.partial_rotary_factor"
+SHARE = "rope_parameters.partial_rotary_factor"
+"""The key that says which share of a head's channels is rotated."""
 
 
 class DerivedKeys(Dialect):
     """`mamba_expand` and `attn_rotary_emb` follow from other keys; no greatest time step is infinity."""
 
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        rotated, share = values.get("attn_rotary_emb"), values[_SHARE]
+        share = values[SHARE]
         head_dim = values.get("head_dim") or values["hidden_size"] // max(1, values["num_attention_heads"])
-        # Where they are no numbers, the spec says so.
-        if rotated is not None and isinstance(share, float) and rotated != int(head_dim * share):
-            raise ValueError(
-                f"'attn_rotary_emb' is {rotated!r}, but transformers rotates {share} of {head_dim} channels"
-            )
+        # Where it is no number, the spec says so.
+        said = (
+            {"partial_rotary_factor": share, "attn_rotary_emb": int(head_dim * share)} if type(share) is float else {}
+        )
+        for key, expected in said.items():
+            if values.get(key) not in (None, expected):
+                raise ValueError(f"{key!r} is {values[key]!r}, but transformers rotates {share} of {head_dim} channels")
         limit = values["time_step_limit"]
         if isinstance(limit, (list, tuple)):
             limit = [None if bound == math.inf else bound for bound in limit]
@@ -36,9 +39,7 @@ class DerivedKeys(Dialect):
         if mamba := mixers.get("mamba2"):
             channels = mamba["heads"] * mamba["head_dim"]
             if channels % spec.hidden_size:
-                raise LookupError(
-                    f"{channels} channels of Mamba-2 are not a multiple of hidden_size {spec.hidden_size}"
-                )
+                raise ValueError(f"{channels} channels of Mamba-2 are not a multiple of hidden_size {spec.hidden_size}")
             config["mamba_expand"] = channels // spec.hidden_size
         if attention := mixers.get("attention"):
             # Other engines than transformers rotate whole heads where it is not there.

@@ -47,7 +47,7 @@ class PublishedLayout(Dialect):
         if "sparse" in config["mlp_layer_types"]:
             shared, width = config["n_shared_experts"], config["moe_intermediate_size"]
             if shared % width:
-                raise LookupError(f"mlp.shared.intermediate_size {shared} is not a multiple of the experts' {width}")
+                raise ValueError(f"mlp.shared.intermediate_size {shared} is not a multiple of the experts' {width}")
             config["n_shared_experts"] = shared // width
         inner: dict[str, Any] = {}
         for key, said in _repeated(config).items():
