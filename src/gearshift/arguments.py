@@ -1,6 +1,7 @@
 """What the command line needs beyond typer: options that take several values, errors as sentences, exit codes."""
 
 import sys
+import warnings
 from typing import Any
 
 from rich.console import Console
@@ -21,7 +22,10 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         disable_progress_bar()  # transformers' own bars would interleave with ours
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                # Ours are for the person; Python shows them to programmers alone.
+                warnings.filterwarnings("default", category=DeprecationWarning, module=r"gearshift(\.|$)")
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             _say("stopped")
             sys.exit(INTERRUPTED)

@@ -21,7 +21,7 @@ def load_settings(kind: type[Settings], path: str | Path | None, overrides: Iter
 
     ValueError, in one sentence, if the file or an override cannot be read, or if a key or value does not fit.
     """
-    data = {} if path is None else _read(Path(path))
+    data = {} if path is None else read_yaml(Path(path))
     for override in overrides:
         _apply(data, override)
     try:
@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:

@@ -90,6 +90,7 @@ def test_olmo_hybrid_without_a_base_has_the_default_one_only_if_nothing_is_said(
         ({"num_nextn_predict_layers": 1}, "prediction heads are not read"),
         ({"linear_attn_config": {"gate_lower_bound": -5.0}}, "unknown key 'linear_attn_config.gate_lower_bound'"),
         ({"num_shared_experts": 0}, "'n_shared_experts'"),
+        ({"num_shared_experts": 0.5}, "'num_shared_experts' must be a whole number, not 0.5"),
     ],
 )
 def test_what_kimi_linear_cannot_mean(change: dict[str, Any], says: str) -> None:

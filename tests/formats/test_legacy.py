@@ -466,10 +466,13 @@ def test_a_checkpoint_with_an_older_config(tmp_path: Path, lay: Any) -> None:
     written = json.loads((tmp_path / "new" / "config.json").read_text())
     assert ModelSpec.model_validate(written["spec"]) == model.spec
     assert "model" not in written
+    with pytest.warns(DeprecationWarning, match="older layout"):
+        straight = GearshiftForCausalLM.from_pretrained(tmp_path / "old").eval()
     again = GearshiftForCausalLM.from_pretrained(tmp_path / "new").eval()
     ids = tokens(1, 9)
     with torch.no_grad():
         assert again(ids).logits.equal(model(ids).logits)
+        assert straight(ids).logits.equal(model(ids).logits)
 
 
 def test_a_checkpoint_of_global_sections() -> None:

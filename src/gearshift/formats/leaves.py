@@ -17,24 +17,25 @@ _PARTS = ("mixer", "mlp")
 
 def model_leaves() -> tuple[str, ...]:
     """The paths of all leaves outside the blocks."""
-    model = [path for path in _walk(ModelSpec, "") if not path.startswith("decoder.")]
+    model = [path for path in leaves_below(ModelSpec, "") if not path.startswith("decoder.")]
     return (*model, *(f"decoder.{name}" for name in DecoderSpec.model_fields if name not in _LAYOUT))
 
 
 def block_leaves(kind: BlockKind) -> tuple[str, ...]:
     """The paths of all leaves of a block of this kind."""
-    block = [path for path in _walk(BlockSpec, "") if path not in _PARTS]
-    return (*block, *_walk(MIXERS[kind.mixer].spec, "mixer."), *_walk(MLPS[kind.mlp].spec, "mlp."))
+    block = [path for path in leaves_below(BlockSpec, "") if path not in _PARTS]
+    return (*block, *leaves_below(MIXERS[kind.mixer].spec, "mixer."), *leaves_below(MLPS[kind.mlp].spec, "mlp."))
 
 
-def _walk(spec: type[Spec], prefix: str) -> Iterator[str]:
+def leaves_below(spec: type[Spec], prefix: str) -> Iterator[str]:
+    """The paths of all leaves of a kind of spec, each behind `prefix`."""
     for name, field in spec.model_fields.items():
         below = _spec_in(field.annotation)
         # A mixer and an MLP are annotated by their base class: what they hold depends on their kind.
         if below is None or f"{prefix}{name}" in _PARTS:
             yield f"{prefix}{name}"
         else:
-            yield from _walk(below, f"{prefix}{name}.")
+            yield from leaves_below(below, f"{prefix}{name}.")
 
 
 def _spec_in(annotation: Any) -> type[Spec] | None:

@@ -55,7 +55,7 @@ class Reader(NamedTuple):
         given = self._resolve(raw)
         values = self.dialect.read(given)
         for constant in table.of(Constant):
-            _check_constant(values.get(constant.key, constant.value), constant)
+            check_constant(values.get(constant.key, constant.value), constant)
         trees = self._trees(values)
         kinds = self._layer_kinds(values, trees[None])
         spec = self._spec(trees, kinds)
@@ -229,7 +229,7 @@ def _look_up(values: Mapping[str, Any], fate: Mapped) -> Any:
     return fate.default
 
 
-def _check_constant(value: Any, fate: Constant) -> None:
+def check_constant(value: Any, fate: Constant) -> None:
     if value != fate.value and value not in fate.same:
         shown = f" ({fate.why})" if fate.why else ""
         raise ValueError(f"{fate.key!r} is {value!r}, and only {fate.value!r} is supported{shown}")

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from gearshift.formats.fates import CARRIED, REQUIRED, Carried, Constant, Fixed, Mapped, WeightDtype
 from gearshift.formats.leaves import flatten, set_at
 from gearshift.formats.native import hint, sentence
-from gearshift.formats.read_config import _check_constant as check_constant
+from gearshift.formats.read_config import check_constant
 from gearshift.formats.sections import (
     Inner,
     Named,

@@ -13,7 +13,7 @@ from gearshift.formats.read_sections import SectionReader
 from gearshift.formats.sections import Section
 from gearshift.formats.tensors import KEY, Place, Tensors
 from gearshift.formats.write_sections import SectionWriter
-from gearshift.plan import Expression, Plan, Schema, TensorInfo
+from gearshift.plan import Plan, Schema
 from gearshift.spec import ModelSpec, StochasticMixerSpec
 
 MIXER = "{mixer}"
@@ -23,29 +23,15 @@ MIXER = "{mixer}"
 class MixerTensors(Tensors):
     """The kinds of a layer's template are those of its MLP, or, where it has a `{mixer}`, those of that mixer."""
 
-    def _plan(self, spec: ModelSpec, target: Schema, kinds: Mapping[str, str], given: Schema | None) -> Plan:
-        source: dict[str, TensorInfo] = {}
-        made: dict[str, Expression] = {}
-        for place in _places(spec):
-            for template in self.weights:
-                names = [place.fill(ours) for ours in template.names]
-                if place.is_for(template) and all(ours in target for ours in names):
-                    theirs, expressions = template.place({ours: target[ours] for ours in names}, place)
-                    source |= theirs
-                    made |= expressions
-        if missing := [name for name in target if name not in made]:
-            raise ValueError(f"the format has no tensor for {missing[0]!r}: a template for it is missing")
-        return Plan(source, target, {name: made[name] for name in target})
-
-
-def _places(spec: ModelSpec) -> Iterator[Place]:
-    yield Place()
-    for layer, block in enumerate(spec.decoder.layers):
-        yield Place(KEY, {KEY: str(layer)}, block, block.mlp.type)
-        stochastic = isinstance(block.mixer, StochasticMixerSpec)
-        for name, mixer in block.mixers.items():
-            prefix = f"mixer.mixers.{name}" if stochastic else "mixer"
-            yield Place(KEY, {KEY: str(layer), MIXER: prefix}, block, mixer.type)
+    def places(self, spec: ModelSpec, kinds: Mapping[str, str]) -> Iterator[Place]:
+        """Outside the layers; each layer; each mixer of each layer."""
+        yield Place()
+        for layer, block in enumerate(spec.decoder.layers):
+            yield Place(KEY, {KEY: str(layer)}, block, block.mlp.type)
+            stochastic = isinstance(block.mixer, StochasticMixerSpec)
+            for name, mixer in block.mixers.items():
+                prefix = f"mixer.mixers.{name}" if stochastic else "mixer"
+                yield Place(KEY, {KEY: str(layer), MIXER: prefix}, block, mixer.type)
 
 
 @dataclass(frozen=True)

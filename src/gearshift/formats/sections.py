@@ -13,8 +13,8 @@ from itertools import cycle, islice
 from typing import Any
 
 from gearshift.formats.fates import REQUIRED, Carried, Constant, Fixed, Mapped, WeightDtype
-from gearshift.formats.leaves import _walk as leaves_of
-from gearshift.formats.table import _once as once
+from gearshift.formats.leaves import leaves_below
+from gearshift.formats.table import once
 from gearshift.spec import Spec
 from gearshift.spec.placement import MOST_LAYERS
 
@@ -108,7 +108,7 @@ class Section:
     """What absent keys that are carried mean."""
 
     def __post_init__(self) -> None:
-        leaves = list(leaves_of(self.spec, ""))
+        leaves = list(leaves_below(self.spec, ""))
         once(f"key of {self.name}", [*self.keys, *self.aliases])
         once(f"leaf of {self.name}", [leaf for fate in self.fates for leaf in _answered(fate, leaves)])
         for path in (path for fate in self.fates for path in paths_of(fate)):

@@ -13,7 +13,7 @@ from gearshift.formats.native import MODEL_TYPE, NativeConfig, parse_spec
 from gearshift.formats.registry import FORMATS
 from gearshift.plan import Initialise, Plan, Schema
 from gearshift.plan.execute import MappingSource
-from gearshift.settings import _read as read_yaml
+from gearshift.settings import read_yaml
 from gearshift.spec import ModelSpec
 
 

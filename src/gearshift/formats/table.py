@@ -47,10 +47,10 @@ class FateTable:
     """The family's defaults of keys that `config_class` does not have, or has another default of."""
 
     def __post_init__(self) -> None:
-        _once(f"key of the format {self.name!r}", self.keys)
+        once(f"key of the format {self.name!r}", self.keys)
         answering: list[Mapped | Fixed | Translated] = [*self.of(Mapped), *self.of(Fixed), *self.of(Translated)]
         stated = [leaf for fate in answering for leaf in self.answers(fate)]
-        _once(f"leaf in the format {self.name!r}", [str(leaf) for leaf in stated])
+        once(f"leaf in the format {self.name!r}", [str(leaf) for leaf in stated])
         for leaf in self._reachable:
             if leaf not in stated:
                 raise ValueError(f"the format {self.name!r} gives the leaf '{leaf}' of our spec no fate: map or fix it")
@@ -122,6 +122,7 @@ class FateTable:
         return keys + [f"{key}.{inner}" for key, hints in typed.items() for inner in hints]
 
 
-def _once(what: str, names: list[str]) -> None:
+def once(what: str, names: list[str]) -> None:
+    """ValueError, with the first, if a name is there twice."""
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two fates for one {what}: {twice[0]!r}")

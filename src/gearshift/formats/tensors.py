@@ -60,14 +60,6 @@ class Place:
         return key == self.key and (self.kind is None or not template.kinds or self.kind in template.kinds)
 
 
-def _places(spec: ModelSpec, kinds: Mapping[str, str]) -> Iterator[Place]:
-    yield Place()
-    for layer, name in dict(zip(spec.decoder.weight_keys, spec.decoder.layout, strict=True)).items():
-        yield Place(KEY, {KEY: layer}, spec.decoder.blocks[name], kinds[name])
-    for number, head in enumerate(spec.prediction_heads):
-        yield Place(HEAD, {HEAD: str(number), NEXT_HEAD: str(number + 1)}, head.block)
-
-
 class Layout(Protocol):
     """How a family lays out a tensor's elements: a bijection."""
 
@@ -271,6 +263,14 @@ class Tensors:
             (weight.theirs for weight in self.weights if isinstance(weight, Weight) and weight.ours == ours), None
         )
 
+    def places(self, spec: ModelSpec, kinds: Mapping[str, str]) -> Iterator[Place]:
+        """Where tensors lie in a model."""
+        yield Place()
+        for layer, name in dict(zip(spec.decoder.weight_keys, spec.decoder.layout, strict=True)).items():
+            yield Place(KEY, {KEY: layer}, spec.decoder.blocks[name], kinds[name])
+        for number, head in enumerate(spec.prediction_heads):
+            yield Place(HEAD, {HEAD: str(number), NEXT_HEAD: str(number + 1)}, head.block)
+
     def plan(self, spec: ModelSpec, target: Schema, kinds: Mapping[str, str]) -> Plan:
         """The bijection from their tensors to our `target`, which is `spec`'s. ValueError for a tensor they lack.
 
@@ -283,7 +283,7 @@ class Tensors:
         source: dict[str, TensorInfo] = {}
         made: dict[str, Expression] = {}
         templates = self.weights if given is None else (*self.others, *self.weights)
-        for place in _places(spec, kinds):
+        for place in self.places(spec, kinds):
             for template in templates:
                 names = [place.fill(ours) for ours in template.names]
                 if place.is_for(template) and all(ours in target and ours not in made for ours in names):

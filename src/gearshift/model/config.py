@@ -44,6 +44,16 @@ class GearshiftConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers'. Older layouts are formats, so it is that room's reader that turns them into today's."""
+        from gearshift.formats.native import parse_spec, with_spec
+
+        config = dict(with_spec(config_dict))
+        if isinstance(config.get("spec"), Mapping):
+            config["spec"] = parse_spec(config["spec"])
+        return super().from_dict(config, **kwargs)
+
+    @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: a saved folder carries a stub (see `stub.py`), never a copy of this file."""
 

@@ -18,10 +18,9 @@ class DerivedKeys(Dialect):
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
         share = values[SHARE]
         head_dim = values.get("head_dim") or values["hidden_size"] // max(1, values["num_attention_heads"])
-        # Where it is no number, the spec says so.
-        said = (
-            {"partial_rotary_factor": share, "attn_rotary_emb": int(head_dim * share)} if type(share) is float else {}
-        )
+        # Where it is no share, the spec says so.
+        known = isinstance(share, (int, float)) and 0 < share <= 1
+        said = {"partial_rotary_factor": share, "attn_rotary_emb": int(head_dim * share)} if known else {}
         for key, expected in said.items():
             if values.get(key) not in (None, expected):
                 raise ValueError(f"{key!r} is {values[key]!r}, but transformers rotates {share} of {head_dim} channels")

@@ -39,8 +39,10 @@ class PublishedLayout(Dialect):
             if values.get(key) is not None and values[key] != said:
                 raise ValueError(f"{key!r} is {values[key]!r}, but it follows from the other keys that it is {said!r}")
         shared, width = values["n_shared_experts"], values["moe_intermediate_size"]
-        # Where they are no numbers, the spec says so.
-        return {**values, "n_shared_experts": shared * width if type(shared) is type(width) is int else shared}
+        # The config class does not check what comes under another name.
+        if not isinstance(shared, int) or not isinstance(width, int):
+            raise ValueError(f"'num_shared_experts' must be a whole number, not {shared!r}")
+        return {**values, "n_shared_experts": shared * width}
 
     def write(self, config: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
         config = dict(config)
