@@ -136,7 +136,7 @@ def export_adapters(model: str | Path, out: str | Path, overwrite: bool = False)
 
     ValueError if the model has none, or if `out` may not be replaced.
     """
-    from gearshift.model.lora import write_adapters  # it needs a package that other exports do without
+    from gearshift.model.adapters import write_adapters  # it needs a package that other exports do without
 
     checkpoint = open_checkpoint(model)
 

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec
 from gearshift.model import initial, schema
 from gearshift.model.adapter_names import is_adapter
-from gearshift.model.lora import load_adapters, save_adapters
+from gearshift.model.adapters import load_adapters, save_adapters
 from gearshift.plan import Plan
 from gearshift.plan.execute import MappingSource, materialise
 from gearshift.spec import MIXERS

@@ -10,7 +10,7 @@ import torch
 
 from gearshift.formats import FORMATS, Checkpoint
 from gearshift.model import schema
-from gearshift.model.lora import adapter_scales
+from gearshift.model.adapters import adapter_scales
 from gearshift.plan import Plan, Schema
 from gearshift.plan.execute import Source, evaluate
 from gearshift.plan.regions import Box
