@@ -257,7 +257,7 @@ def test_every_template_is_needed() -> None:
         ("biases", "decoder.block.mixer.value_layer", {}, "'value_layer.bias.enabled' is False, but 'query_layer"),
         (
             "mixers",
-            "decoder.blocks.gdn.mixer.convolution_layer.activation",
+            "decoder.blocks.kda.mixer.convolution_layer.activation",
             "gelu",
             "'convolution_layer.activation' is",
         ),

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 
+from gearshift.mixers import activations
 from gearshift.mixers.base import MixContext, MixerState
 from gearshift.mixers.kernels import kernel
 
@@ -54,7 +54,7 @@ def convolve(
     state["conv"] = seen[:, tokens:].mT.contiguous()
     if tokens == 1:
         mixed = (seen.float() * weight.squeeze(1).t().float()).sum(1, keepdim=True)
-        mixed = ACT2FN[activation](mixed if bias is None else mixed + bias.float())
+        mixed = activations.activation(activation)(mixed if bias is None else mixed + bias.float())
         mixed = mixed.to(now.dtype) if now.is_cuda else mixed
     else:
         mixed = _convolved(seen, weight, bias, activation, None)[:, taps - 1 :]
@@ -80,9 +80,9 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, 
         cu_seqlens = None if context is None else context.cu_seqlens
         fused = _FUSED.get(activation)
         mixed = run(x, weight.squeeze(1), bias=bias, activation=fused, cu_seqlens=cu_seqlens)[0]
-        return mixed if activation in _FUSED else ACT2FN[activation](mixed)
+        return mixed if activation in _FUSED else activations.activation(activation)(mixed)
     mixed = causal_convolution(x, weight, None if context is None else _places(context))
-    return ACT2FN[activation](mixed if bias is None else mixed + bias.float())
+    return activations.activation(activation)(mixed if bias is None else mixed + bias.float())
 
 
 def causal_convolution(x: Tensor, weight: Tensor, places: Tensor | None = None) -> Tensor:

@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
+from torch.nn import functional as F
 
+from gearshift.mixers import activations
 from gearshift.mixers.kernels import kernel
 
 _FUSED = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}
@@ -21,13 +22,14 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.epsilon = epsilon
         self.activation = activation
+        activations.activation(activation)  # an unknown one is refused when the model is built
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         if x.is_cuda and self.activation in _FUSED:
             run = kernel("fla.modules.norm.fused_norm_gate:rms_norm_gated")
             return run(x, gate, self.weight, None, _FUSED[self.activation], eps=self.epsilon).to(gate.dtype)
         normed = self.weight.float() * _unit(x.float(), self.epsilon)
-        return (normed * ACT2FN[self.activation](gate.float())).to(gate.dtype)
+        return (normed * activations.activation(self.activation)(gate.float())).to(gate.dtype)
 
 
 class GroupedGatedRMSNorm(nn.Module):
@@ -49,7 +51,7 @@ class GroupedGatedRMSNorm(nn.Module):
             run = kernel("fla.modules.norm.layernorm_gated:rmsnorm_fn")
             order = {"group_size": x.shape[-1] // self.groups, "norm_before_gate": self.norm_before_gate}
             return run(x, self.weight, None, gate.to(x.dtype), self.epsilon, **order).to(gate.dtype)
-        open_gate = ACT2FN["silu"](gate.float())
+        open_gate = F.silu(gate.float())
         wide = x.float() if self.norm_before_gate else x.float() * open_gate
         unit = _unit(wide.unflatten(-1, (self.groups, -1)), self.epsilon).flatten(-2)
         normed = self.weight.float() * unit

@@ -38,7 +38,7 @@ FAMILY = OlmoHybrid(
     sizes={**SIZES, "layer_types": LAYER_TYPES},
     full={"attention_bias": True},
     sweep=(
-        *({key: value} for key, value in COMMON.items() if key not in ("hidden_act", "num_hidden_layers")),
+        *({key: value} for key, value in COMMON.items() if key != "num_hidden_layers"),
         *({"rope_parameters": rope} for rope in (*ROPES.values(), NO_POSITIONS)),
         NULLS,
         {"num_hidden_layers": 2, "layer_types": None},
@@ -57,5 +57,5 @@ FAMILY = OlmoHybrid(
         {"linear_dt_max": 0.2},
         {"linear_dt_init_floor": 1e-3},
     ),
-    refused={"attention_dropout": 0.1, "hidden_act": "gelu"},
+    refused={"attention_dropout": 0.1},
 )

@@ -45,7 +45,6 @@ _ATTENTION = {
     "dt_bias": "dt_bias",
 }
 """Of both mixers, which are under one name there: those that both have are called alike."""
-_ONE_ACTIVATION = "it is that of the MLPs and of the convolutions, and Kimi Delta Attention here has SiLU convolutions"
 _REMOTE_CODE = {
     "AutoConfig": "configuration_kimi.KimiLinearConfig",
     "AutoModel": "modeling_kimi.KimiLinearModel",
@@ -105,10 +104,9 @@ FORMAT = FamilyFormat(
         Constant("mla_use_nope", True, why="transformers gives these layers no positions"),
         Carried("rope_theta"),
         Carried("rope_scaling"),
-        Constant("hidden_act", "silu", same=("swish",), why=_ONE_ACTIVATION),
+        mapped("hidden_act", "layer.mlp.activation", "layer.mlp.shared.activation", "layer.mixer.conv_activation"),
         *(Fixed(path, "gated") for path in _of(_DENSE, "mlp.type")),
         mapped("intermediate_size", *_of(_DENSE, "mlp.intermediate_size")),
-        *(Fixed(path, "silu") for path in ("layer.mlp.activation", "layer.mlp.shared.activation")),
         *(Fixed(path, False) for path in ("layer.mlp.bias", "layer.mlp.shared.bias", "layer.mlp.shared_gate")),
         *(Fixed(path, "mixture_of_experts") for path in _of(_SPARSE, "mlp.type")),
         mapped("moe_intermediate_size", *_of(_SPARSE, "mlp.intermediate_size")),

@@ -41,7 +41,6 @@ _RECURRENT = {
     "dt_bias": "dt_bias",
 }
 _NOTHING = {"rope_theta": None, "rope_type": "default"}
-_ONE_ACTIVATION = "it is that of the MLPs and of the convolutions, and Gated DeltaNet here has SiLU convolutions"
 
 
 class _NoPositions(Dialect):
@@ -98,7 +97,7 @@ FORMAT = FamilyFormat(
         mapped("linear_conv_kernel_dim", "linear_attention.mixer.conv_kernel"),
         mapped("linear_allow_neg_eigval", "linear_attention.mixer.negative_eigenvalues"),
         mapped("intermediate_size", "layer.mlp.intermediate_size"),
-        Constant("hidden_act", "silu", same=("swish",), why=_ONE_ACTIVATION),
+        mapped("hidden_act", "layer.mlp.activation", "linear_attention.mixer.conv_activation"),
         # How a new model starts.
         *(Carried(f"linear_{name}") for name in ("a_log_min", "a_log_max", "dt_min", "dt_max", "dt_init_floor")),
         Fixed("full_attention.norm_placement", "after"),
@@ -117,7 +116,6 @@ FORMAT = FamilyFormat(
         Fixed("linear_attention.mixer.activation", "silu"),
         Fixed("linear_attention.mixer.norm_epsilon", 1e-5),
         Fixed("layer.mlp.type", "gated"),
-        Fixed("layer.mlp.activation", "silu"),
         Fixed("layer.mlp.bias", False),
     ),
     tensors=Tensors(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gearshift.mixers.activations import activation
 from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
 from gearshift.mixers.convolution import ShortConvolution, run_convolutions
 from gearshift.mixers.discrete_mamba2 import DiscreteMamba2Spec
@@ -52,6 +53,7 @@ class DiscreteMamba2(Mixer):
 
     def __init__(self, spec: DiscreteMamba2Spec, hidden_size: int):
         super().__init__(spec, hidden_size)
+        activation(spec.activation)  # an unknown one is refused when the model is built
         assert spec.key_heads is not None, "a module needs a resolved spec"
         assert spec.head_dim is not None, "a module needs a resolved spec"
         inner, shared, bias = spec.value_heads * spec.head_dim, spec.key_heads * spec.state_size, spec.projection_bias

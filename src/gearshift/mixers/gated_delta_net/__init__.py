@@ -23,6 +23,8 @@ class GatedDeltaNetSpec(MixerSpec):
     """Channels of a value head; `key_dim` if left out."""
     conv_kernel: int = Field(default=4, ge=2)
     """Taps of the convolutions over queries, keys and values: the tokens each one sees, the current one included."""
+    conv_activation: str = "silu"
+    """The activation behind them, by transformers' name."""
     negative_eigenvalues: bool = False
     """Whether beta goes up to 2 instead of 1, so that a write can flip what it overwrites (arXiv 2411.12537)."""
     activation: str = "silu"

@@ -5,6 +5,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gearshift.mixers.activations import activation
 from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
 from gearshift.mixers.convolution import ShortConvolution, convolve
 from gearshift.mixers.delta_rule import delta_rule, log_decay
@@ -53,6 +54,7 @@ class GatedDeltaNet(Mixer):
 
     def __init__(self, spec: GatedDeltaNetSpec, hidden_size: int):
         super().__init__(spec, hidden_size)
+        activation(spec.conv_activation)  # an unknown one is refused when the model is built
         assert spec.value_heads is not None, "a module needs a resolved spec"
         assert spec.key_dim is not None, "a module needs a resolved spec"
         assert spec.value_dim is not None, "a module needs a resolved spec"
@@ -84,7 +86,8 @@ class GatedDeltaNet(Mixer):
 
     def core(self, inputs: Projected, context: MixContext, state: MixerState | None) -> Mixed:
         weights = (self.q_conv.weight, self.k_conv.weight, self.v_conv.weight)
-        query, key, value = convolve((inputs.query, inputs.key, inputs.value), weights, context, state)
+        streams = (inputs.query, inputs.key, inputs.value)
+        query, key, value = convolve(streams, weights, context, state, activation=self.spec.conv_activation)
         query = query.unflatten(-1, (-1, self.spec.key_dim))
         key = key.unflatten(-1, (-1, self.spec.key_dim))
         value = value.unflatten(-1, (-1, self.spec.value_dim))

@@ -18,6 +18,8 @@ class KimiDeltaAttentionSpec(MixerSpec):
     """Channels of a query, key or value head; `hidden_size / heads` if left out."""
     conv_kernel: int = Field(default=4, ge=2)
     """Taps of the convolutions over queries, keys and values: the tokens each one sees, the current one included."""
+    conv_activation: str = "silu"
+    """The activation behind them, by transformers' name."""
     decay_rank: int | None = Field(default=None, ge=1)
     """The rank of the decay's projection; `head_dim` if left out."""
     gate_rank: int | None = Field(default=None, ge=1)

@@ -5,6 +5,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gearshift.mixers.activations import activation
 from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
 from gearshift.mixers.convolution import ShortConvolution, convolve
 from gearshift.mixers.delta_rule import delta_rule, log_decay
@@ -55,6 +56,7 @@ class KimiDeltaAttention(Mixer):
 
     def __init__(self, spec: KimiDeltaAttentionSpec, hidden_size: int):
         super().__init__(spec, hidden_size)
+        activation(spec.conv_activation)  # an unknown one is refused when the model is built
         assert spec.head_dim is not None, "a module needs a resolved spec"
         assert spec.decay_rank is not None, "a module needs a resolved spec"
         assert spec.gate_rank is not None, "a module needs a resolved spec"
@@ -88,7 +90,8 @@ class KimiDeltaAttention(Mixer):
 
     def core(self, inputs: Projected, context: MixContext, state: MixerState | None) -> Mixed:
         weights = (self.q_conv.weight, self.k_conv.weight, self.v_conv.weight)
-        convolved = convolve((inputs.query, inputs.key, inputs.value), weights, context, state)
+        streams = (inputs.query, inputs.key, inputs.value)
+        convolved = convolve(streams, weights, context, state, activation=self.spec.conv_activation)
         query, key, value = map(self._heads, convolved)
         if value.is_cuda:
             gates = (inputs.decay, inputs.beta, self.A_log, self.dt_bias)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gearshift.mixers.activations import activation
 from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
 from gearshift.mixers.convolution import ShortConvolution, run_convolutions
 from gearshift.mixers.kernels import check_kernels, kernel
@@ -65,6 +66,7 @@ class Mamba(Mixer):
 
     def __init__(self, spec: MambaSpec, hidden_size: int):
         super().__init__(spec, hidden_size)
+        activation(spec.activation)  # an unknown one is refused when the model is built
         assert spec.inner_size is not None, "a module needs a resolved spec"
         assert isinstance(spec.dt_rank, int), "a module needs a resolved spec"
         inner, rank, bias = spec.inner_size, spec.dt_rank, spec.projection_bias

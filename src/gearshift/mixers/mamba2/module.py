@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gearshift.mixers.activations import activation
 from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
 from gearshift.mixers.convolution import ShortConvolution, run_convolutions
 from gearshift.mixers.gated_norm import GroupedGatedRMSNorm
@@ -56,6 +57,7 @@ class Mamba2(Mixer):
 
     def __init__(self, spec: Mamba2Spec, hidden_size: int):
         super().__init__(spec, hidden_size)
+        activation(spec.activation)  # an unknown one is refused when the model is built
         assert spec.heads is not None, "a module needs a resolved spec"
         assert spec.norm_groups is not None, "a module needs a resolved spec"
         inner, shared, bias = spec.heads * spec.head_dim, spec.groups * spec.state_size, spec.projection_bias
