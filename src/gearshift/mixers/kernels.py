@@ -29,26 +29,27 @@ def kernel(path: str) -> Any:
         ) from error
 
 
-def check_kernels(device: torch.device, learning: bool, tilelang: bool = True) -> None:
-    """ImportError, naming the package, if what recurrent mixers need on `device` is missing or known to be wrong.
-
-    `tilelang` says whether TileLang has what Triton compiles wrongly: it does for the delta rule alone.
-    """
+def check_kernels(device: torch.device, learning: bool) -> None:
+    """ImportError, naming the package, if what recurrent mixers need on `device` is missing or known to be wrong."""
     if device.type != "cuda":
         return
     kernel("fla.ops.gated_delta_rule:chunk_gated_delta_rule")
-    if not learning or torch.cuda.get_device_capability(device) != HOPPER or (tilelang and find_spec("tilelang")):
-        return
-    version = kernel_compiler()
-    if BROKEN_TRITON[0] <= version <= BROKEN_TRITON[1]:
-        installed = ".".join(map(str, version))
-        advice = 'tilelang (pip install "gearshift[gpu]" brings it), or ' if tilelang else ""
+    if learning and gradients_are_wrong(device) and not find_spec("tilelang"):
         raise ImportError(
-            f"on this GPU, gradients through this mixer's kernels are wrong with triton {installed}: "
-            f"install {advice}triton newer than 3.7.0"
+            "on this GPU, gradients through the gated delta rule are wrong with triton "
+            f"{'.'.join(map(str, kernel_compiler()))}: install tilelang, or triton newer than 3.7.0 "
+            '(pip install "gearshift[gpu]" brings tilelang)'
         )
 
 
+def gradients_are_wrong(device: torch.device) -> bool:
+    """Whether Triton's gradients of recurrences with one decay a head are wrong on `device`."""
+    if torch.cuda.get_device_capability(device) != HOPPER:
+        return False
+    return BROKEN_TRITON[0] <= kernel_compiler() <= BROKEN_TRITON[1]
+
+
+@cache
 def kernel_compiler() -> tuple[int, ...]:
     """Triton's version; () without it."""
     try:

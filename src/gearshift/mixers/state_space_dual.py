@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gearshift.mixers.base import MixContext, MixerState
 from gearshift.mixers.chunks import CHUNK_SIZE, ChunkLayout
-from gearshift.mixers.kernels import kernel
+from gearshift.mixers.kernels import gradients_are_wrong, kernel
 
 
 def recurrent_state_space_dual(
@@ -104,13 +104,19 @@ def _fused(
     # The kernels know no shared heads.
     share = value.shape[2] // key.shape[2]
     query, key = (x.to(value.dtype).repeat_interleave(share, dim=2) for x in (query, key))
-    decoding = value.shape[1] == 1 and not torch.is_grad_enabled()
-    name = "fused_recurrent" if decoding else "chunk"
-    output, final = kernel(f"fla.ops.simple_gla:{name}_simple_gla")(
+    decay = decay.float()
+    if not torch.is_grad_enabled():
+        name = "simple_gla:fused_recurrent_simple_gla" if value.shape[1] == 1 else "simple_gla:chunk_simple_gla"
+    elif gradients_are_wrong(value.device):
+        # The kernel for a decay a channel has a backward of its own, which is right.
+        name, decay = "gla:chunk_gla", decay[..., None].expand(*decay.shape, key.shape[-1]).contiguous()
+    else:
+        name = "simple_gla:chunk_simple_gla"
+    output, final = kernel(f"fla.ops.{name}")(
         q=query,
         k=key,
         v=value,
-        g=decay.float(),
+        g=decay,
         scale=1.0,
         initial_state=None if state is None else state.get("recurrent"),
         output_final_state=state is not None,
