@@ -6,4 +6,4 @@ from pydantic import BaseModel, ConfigDict
 class Spec(BaseModel):
     """A frozen description. Unknown keys are refused, and every field says what it means."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
