@@ -178,6 +178,8 @@ def test_presets_are_named_in_the_config(supernet: Path) -> None:
 def test_a_placement_is_asked_for_where_there_is_a_choice(supernet: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name a --placement"):
         export(supernet)
+    with pytest.raises(ValueError, match="placement"):
+        export(supernet, "")
     assert export(tmp_path / "source").format == "llama"
     with pytest.raises(ValueError, match="unknown format 'lama'"):
         export(supernet, "gdn", "lama")

@@ -25,6 +25,10 @@ class Command(TyperCommand):
             with warnings.catch_warnings():
                 # Ours are for the person; Python shows them to programmers alone.
                 warnings.filterwarnings("default", category=DeprecationWarning, module=r"gearshift(\.|$)")
+                shown = warnings.showwarning
+                warnings.showwarning = lambda message, kind, *where: (
+                    _say(str(message)) if kind is DeprecationWarning else shown(message, kind, *where)
+                )
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             _say("stopped")

@@ -115,7 +115,9 @@ def export(
         checkpoint = merged(checkpoint)
     native, plan = checkpoint.native, checkpoint.plan
     if placement is not None or not native.spec.is_supernet:
-        chosen = resolve_placement(placement, native.presets, native.spec.choices) if placement else native.spec.main
+        chosen = native.spec.main
+        if placement is not None:
+            chosen = resolve_placement(placement, native.presets, native.spec.choices)
         spec, pruning = prune(native.spec, checkpoint.schema, chosen)
         plan = plan.compose(pruning)
     elif format in ("auto", "gearshift") or not FORMATS[format].can_express(native):

@@ -86,7 +86,7 @@ def _heading(checkpoint: Checkpoint) -> Table:
     model += _settings(spec, _defaults(spec), _SHOWN_ELSEWHERE)
     lines = {
         "model": f"{checkpoint.path} ({checkpoint.format.name}, {native.dtype}, {size})",
-        "from": ", ".join(f"{key}: {value}" for key, value in native.source.items()),
+        "from": _origin(native.source),
         "sizes": ", ".join(model),
         "parameters": parameters,
         "layers": f"{spec.decoder.num_layers}: {pattern(spec)}",
@@ -99,6 +99,12 @@ def _heading(checkpoint: Checkpoint) -> Table:
         if value:
             table.add_row(name, Text(value))
     return table
+
+
+def _origin(source: Mapping[str, Any]) -> str:
+    """Where the weights came from, without what is kept for the way back."""
+    said = {key: value for key, value in source.items() if key != "kept" and value}
+    return ", ".join(f"{key}: {'; '.join(value) if isinstance(value, list) else value}" for key, value in said.items())
 
 
 def _blocks(native: NativeConfig) -> Iterator[tuple[RenderableType, ...]]:

@@ -58,4 +58,4 @@ def test_two_windows_stay_ours(tmp_path: Path) -> None:
     convert(tmp_path / "source", [SURGERY, more]).write(tmp_path / "supernet")
     conversion = export(tmp_path / "supernet", "window,wide,window")
     assert conversion.format == "gearshift"
-    assert "mixer.window" in conversion.reason
+    assert "block 'wide' has mixer.window 9 where block 'window' has 5" in conversion.reason

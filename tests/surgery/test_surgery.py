@@ -175,3 +175,12 @@ def test_what_cannot_be_done_is_said_before_anything_is_read(edits: list[dict], 
 def test_an_entry_holds_exactly_one_edit_that_does_something(edits: list[dict]) -> None:
     with pytest.raises(ValidationError):
         Surgery.model_validate({"edits": edits})
+
+
+def test_an_unknown_activation_is_refused_before_anything_is_made() -> None:
+    before = started(plain())
+    with pytest.raises(ValueError, match="unknown activation 'swishh': did you mean 'swish'"):
+        operated(before, {"change": {"mlp": {"activation": "swishh"}}})
+    for mixer in ({"type": "mamba", "activation": "swishh"}, {"type": "gated_delta_net", "activation": "swishh"}):
+        with pytest.raises(ValueError, match="unknown activation 'swishh'"):
+            operated(before, WRAP, {"add": {"name": "new", "mixer": mixer}})

@@ -13,6 +13,9 @@ from gearshift.spec import ModelSpec
 class InexpressibleError(ValueError):
     """A model has something that a format cannot say."""
 
+    reached = 0
+    """How far a family came: 0 if it has no such block, 1 if it has no key for a setting, 2 if no one value for it."""
+
 
 class Format(ABC):
     """A family of checkpoints: its config as our native one, and its tensors as ours."""

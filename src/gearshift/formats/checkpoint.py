@@ -183,16 +183,18 @@ def choose_format(native: NativeConfig) -> tuple[Format, str]:
     own = FORMATS["gearshift"]
     origin = native.source.get("format")
     families = [name for name in FORMATS if FORMATS[name].writable and FORMATS[name].in_transformers]
-    first_reason = ""
+    reason, furthest = "", -1
     # Of two that can, the one with fewer kinds of block is the older and better known.
     for name in sorted(families, key=lambda name: (name != origin, FORMATS[name].kinds, name)):
         try:
             FORMATS[name].express(native)
         except InexpressibleError as error:
-            first_reason = first_reason or str(error)
+            # Of several, the one that came furthest has the true obstacle.
+            if error.reached > furthest:
+                reason, furthest = str(error), error.reached
         else:
             return FORMATS[name], f"transformers' own {name!r} classes can express it, so that any engine can run it"
-    return own, f"no class of transformers can express it: {first_reason}"
+    return own, f"no class of transformers can express it: {reason}"
 
 
 def _check_layers(config: Path, raw: Mapping[str, Any]) -> None:

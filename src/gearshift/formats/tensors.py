@@ -172,7 +172,7 @@ class Fused:
 
 @dataclass(frozen=True)
 class EvenlySplit:
-    """Several tensors of ours, one after another along dimension 0, cut into as many of theirs, all of one size.
+    """Several tensors of ours, one after another along dimension 0, cut into as many of theirs as `torch.chunk` cuts.
 
     Transformers cuts what it has fused in memory like this when it saves, whatever the sizes were when it read them.
     """
@@ -188,10 +188,14 @@ class EvenlySplit:
     def place(self, ours: Mapping[str, TensorInfo], place: Place) -> Placed:
         first = next(iter(ours.values()))
         rows = sum(info.shape[0] for info in ours.values())
-        if rows % len(self.theirs):
+        size = -(-rows // len(self.theirs))
+        sizes = [min(size, rows - start) for start in range(0, rows, size)]
+        if len(sizes) < len(self.theirs):
             return {}, {}
-        part = TensorInfo((rows // len(self.theirs), *first.shape[1:]), first.dtype)
-        source = {place.fill(theirs): part for theirs in self.theirs}
+        source = {
+            place.fill(theirs): TensorInfo((size, *first.shape[1:]), first.dtype)
+            for theirs, size in zip(self.theirs, sizes, strict=True)
+        }
         whole = Concatenate(tuple(Reference(theirs) for theirs in source), 0)
         start, made = 0, {}
         for name, info in ours.items():

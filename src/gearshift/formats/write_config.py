@@ -54,9 +54,22 @@ class Writer(NamedTuple):
 
     def write(self, native: NativeConfig) -> dict[str, Any]:
         """Every key that the family writes."""
-        table, spec = self.table, native.spec
+        spec = native.spec
         kinds = self.kinds(spec)
-        self._check_fixed(spec, kinds)
+        try:
+            self._check_fixed(spec, kinds)
+        except InexpressibleError as error:
+            error.reached = 1
+            raise
+        try:
+            return self._written(native, kinds)
+        except InexpressibleError as error:
+            error.reached = 2
+            raise
+
+    def _written(self, native: NativeConfig, kinds: Mapping[str, str]) -> dict[str, Any]:
+        """The keys of a model whose blocks are of these kinds and have what is fixed."""
+        table, spec = self.table, native.spec
         kept = self.kept(native)
         config: dict[str, Any] = {} if self.model_type is None else {"model_type": self.model_type}
         self._write_mapped(config, spec, kinds, kept)

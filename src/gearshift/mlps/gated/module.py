@@ -1,8 +1,8 @@
 """The gated MLP as a module."""
 
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
+from gearshift.mixers.activations import activation
 from gearshift.mlps.gated import GatedMLPSpec
 from gearshift.plan import Constant, Initialiser, Normal
 
@@ -15,7 +15,7 @@ class GatedMLP(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, spec.intermediate_size, bias=spec.bias)
         self.up_proj = nn.Linear(hidden_size, spec.intermediate_size, bias=spec.bias)
         self.down_proj = nn.Linear(spec.intermediate_size, hidden_size, bias=spec.bias)
-        self.activation = ACT2FN[spec.activation]
+        self.activation = activation(spec.activation)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
+from gearshift.mixers.activations import activation
 from gearshift.mlps.gated.module import GatedMLP
 from gearshift.mlps.mixture_of_experts import MixtureOfExpertsSpec
 from gearshift.plan import Constant, Initialiser, Normal
@@ -63,7 +63,7 @@ class Experts(nn.Module):
         self.num_experts = spec.experts
         self.gate_up_proj = nn.Parameter(0.02 * torch.randn(spec.experts, 2 * spec.intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(0.02 * torch.randn(spec.experts, hidden_size, spec.intermediate_size))
-        self.act_fn = ACT2FN[spec.activation]
+        self.act_fn = activation(spec.activation)
 
     def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """hidden [tokens, hidden], experts and their weights [tokens, experts_per_token] -> [tokens, hidden]."""

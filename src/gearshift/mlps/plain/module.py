@@ -1,8 +1,8 @@
 """The MLP without a gate as a module."""
 
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
+from gearshift.mixers.activations import activation
 from gearshift.mlps.plain import PlainMLPSpec
 from gearshift.plan import Constant, Initialiser, Normal
 
@@ -14,7 +14,7 @@ class PlainMLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(hidden_size, spec.intermediate_size, bias=spec.up_bias)
         self.down_proj = nn.Linear(spec.intermediate_size, hidden_size, bias=spec.down_bias)
-        self.activation = ACT2FN[spec.activation]
+        self.activation = activation(spec.activation)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.up_proj(hidden)))
