@@ -1,6 +1,7 @@
 """The weights of a folder that holds pickles: loaded with `weights_only`, and only where a person allowed it."""
 
 import hashlib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,13 @@ class PickleSource:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    # Files from before PyTorch 1.6 are no archives and cannot be mapped.
+    mapped = zipfile.is_zipfile(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # unpickling runs into whatever the bytes make it run into
         raise ValueError(
-            f"{path} cannot be loaded as weights alone: {next(iter(str(error).splitlines()), '')}"
+            f"{path} is damaged, or holds more than tensors by name: it was not loaded ({type(error).__name__})"
         ) from None
     if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
         raise ValueError(f"{path} does not hold tensors by name: save the model's state_dict, or use safetensors")
