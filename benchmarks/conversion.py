@@ -5,8 +5,8 @@
 For each size makes a random Llama-shaped bfloat16 checkpoint, then takes turns, in a rotating order: `cp -r`, the plain
 conversion to the Gearshift format (the same bytes out), `cp -r` of the supernet that the quickstart's surgery makes of
 it, and the conversion with that surgery. Each time includes flushing what was written to the disk; start-up and imports
-are not counted. The share of cp is the median over the rounds of the bytes a second beside those of the plain `cp -r` in
-the same round. Peak memory is what a process of its own had resident at most, beyond what it had after
+are not counted. The share of cp is the median over the rounds of the bytes a second beside those of the plain `cp -r`
+in the same round. Peak memory is what a process of its own had resident at most, beyond what it had after
 its imports, mapped pages of the source included.
 """
 
