@@ -86,10 +86,8 @@ def test_packed_documents(name: str) -> None:
     check(*pair(name), packed([5, 130, 1, 64, 77]), batch=1)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", list(SPECS))
-def test_state_hands_over_from_prefill_to_decoding_and_back(name: str) -> None:
-    narrow, wide = pair(name)
+def check_hand_over(narrow: Mixer, wide: Mixer) -> None:
+    """Prefill, single steps and a second prefill on CUDA give what one pass gives, and leave declared state behind."""
     here, there = rounded(2, 150, HIDDEN)
     state, parts, past = MixerState(narrow.spec.state()), [], 0
     with torch.no_grad():
@@ -105,6 +103,12 @@ def test_state_hands_over_from_prefill_to_decoding_and_back(name: str) -> None:
     assert state["conv"].dtype == torch.bfloat16
     for declared in narrow.spec.state():
         assert state[declared.name].shape == (2, *declared.shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(SPECS))
+def test_state_hands_over_from_prefill_to_decoding_and_back(name: str) -> None:
+    check_hand_over(*pair(name))
 
 
 @pytest.mark.gpu

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from delta_cases import assert_near, context, gradients, packed
-from test_cuda_kernels import GRADIENTS, HIDDEN, OUTPUTS, check, rounded, to_cuda
+from test_cuda_kernels import GRADIENTS, HIDDEN, OUTPUTS, check, check_hand_over, rounded, to_cuda
 from torch.nn import functional as F
 
-from gearshift.mixers.base import Mixer, MixerState
+from gearshift.mixers.base import Mixer
 from gearshift.mixers.convolution import causal_convolution, convolve
 from gearshift.mixers.gated_norm import GroupedGatedRMSNorm
 from gearshift.mixers.kernels import kernel
@@ -64,22 +64,7 @@ def test_packed_documents(name: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", list(SPECS))
 def test_state_hands_over_from_prefill_to_decoding_and_back(name: str) -> None:
-    narrow, wide = pair(name)
-    here, there = rounded(2, 150, HIDDEN)
-    state, parts, past = MixerState(narrow.spec.state()), [], 0
-    with torch.no_grad():
-        expected = wide(there, context(150, batch=2))
-        for length in (100, 1, 1, 1, 47):
-            where = to_cuda(context(length, past, batch=2))
-            parts.append(narrow(here[:, past : past + length], where, state).cpu())
-            past += length
-    # In parts: a state that was lost would hardly show in the error of the whole.
-    for part, reference in zip(parts, expected.split([100, 1, 1, 1, 47], 1), strict=True):
-        assert_near(part, reference, 1.5 * OUTPUTS)
-    assert state["recurrent"].dtype == torch.float32
-    assert state["conv"].dtype == torch.bfloat16
-    for declared in narrow.spec.state():
-        assert state[declared.name].shape == (2, *declared.shape)
+    check_hand_over(*pair(name))
 
 
 @pytest.mark.gpu

@@ -136,11 +136,3 @@ def kinds_of(
             raise ValueError(f"{keys} together mean no kind of block for layer {number}")
         kinds.append(next(kind for kind in blocks if kind in left))
     return kinds
-
-
-def pattern_of(layout: Sequence[str]) -> list[str]:
-    """The shortest pattern that repeats to `layout`, its last repeat cut short if need be."""
-    for period in range(1, len(layout)):
-        if all(name == layout[index % period] for index, name in enumerate(layout)):
-            return list(layout[:period])
-    return list(layout)

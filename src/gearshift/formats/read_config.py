@@ -20,11 +20,12 @@ from gearshift.formats.fates import (
     Translated,
     WeightDtype,
 )
-from gearshift.formats.layers import kinds_of, pattern_of
+from gearshift.formats.layers import kinds_of
 from gearshift.formats.leaves import flatten, set_at, value_at
 from gearshift.formats.native import NativeConfig, hint, sentence
 from gearshift.formats.table import FateTable, Leaf
 from gearshift.spec import MIXERS, MLPS, ModelSpec
+from gearshift.spec.model import shortest_pattern
 from gearshift.spec.placement import MOST_LAYERS
 
 DEFAULT_DTYPE = "float32"
@@ -166,7 +167,7 @@ class Reader(NamedTuple):
                     raise ValueError(self._where(kind, part, error)) from None
             blocks[kind] = block
         tree = trees[None]
-        tree["decoder"] |= {"pattern": pattern_of(kinds), "blocks": blocks}
+        tree["decoder"] |= {"pattern": shortest_pattern(kinds), "blocks": blocks}
         try:
             return ModelSpec.model_validate(tree)
         except ValidationError as error:

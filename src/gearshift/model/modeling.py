@@ -16,6 +16,7 @@ from gearshift.model.adapter_names import beside_adapters
 from gearshift.model.block import Block, PredictionHead, named_modules
 from gearshift.model.cache import GearshiftCache
 from gearshift.model.config import GearshiftConfig
+from gearshift.model.head import Head
 from gearshift.model.start import EMBEDDING, start
 from gearshift.model.stub import write_stub
 from gearshift.plan import Initialiser
@@ -231,18 +232,6 @@ class GearshiftModel(GearshiftPreTrainedModel):
         if cache is not None:
             cache.advance(context.tokens)
         return DecoderOutput(last_hidden_state=self.norm(hidden), past_key_values=cache, hidden_states_ahead=ahead)
-
-
-class Head(nn.Linear):
-    """The language-modelling head, [..., hidden] -> logits [..., vocabulary], soft-capped where the model says so."""
-
-    def __init__(self, hidden_size: int, vocab_size: int, softcap: float | None):
-        super().__init__(hidden_size, vocab_size, bias=False)
-        self.softcap = softcap
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        logits = super().forward(hidden)
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 class GearshiftForCausalLM(GearshiftPreTrainedModel, GenerationMixin):

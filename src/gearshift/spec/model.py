@@ -1,5 +1,6 @@
 """ModelSpec > DecoderSpec > BlockSpec > a mixer and an MLP: named blocks, laid out by a pattern."""
 
+from collections.abc import Sequence
 from itertools import cycle, islice
 from typing import Annotated, Any, Literal, Self
 
@@ -154,6 +155,14 @@ class DecoderSpec(Spec):
     def weight_keys(self) -> tuple[str, ...]:
         """For each layer, the key its weights are stored under: its number, or its block's name if that shares them."""
         return tuple(n if self.blocks[n].shared_weights else str(i) for i, n in enumerate(self.layout))
+
+
+def shortest_pattern(layout: Sequence[str]) -> list[str]:
+    """The shortest beginning of a layout that repeats to the whole of it, the last repeat cut short if need be."""
+    for length in range(1, len(layout) + 1):
+        if all(name == layout[index % length] for index, name in enumerate(layout)):
+            return list(layout[:length])
+    return list(layout)
 
 
 class ModelSpec(Spec):

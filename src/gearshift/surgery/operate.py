@@ -10,6 +10,7 @@ from gearshift.plan import Cast, Discard, Expression, Plan, Schema, TensorInfo, 
 from gearshift.plan.rewrite import simplify
 from gearshift.settings import load_settings
 from gearshift.spec import ModelSpec, Placement, Spec, StochasticMixerSpec
+from gearshift.spec.model import shortest_pattern
 from gearshift.surgery.draft import Draft, original
 from gearshift.surgery.edits import Add, Change, Drop, Edit, Lay, Replace, Wrap, carried
 
@@ -133,14 +134,6 @@ def prune_draft(draft: Draft, placement: Placement) -> Draft:
         return f"mixer.{rest.removeprefix(chosen)}" if rest.startswith(chosen) else None
 
     return carried(draft, target, rename, "the placement does not use it")
-
-
-def shortest_pattern(layout: Sequence[str]) -> list[str]:
-    """The shortest beginning of a layout that repeats to the whole of it, the last repeat cut short if need be."""
-    for length in range(1, len(layout) + 1):
-        if all(name == layout[index % length] for index, name in enumerate(layout)):
-            return list(layout[:length])
-    return list(layout)
 
 
 def _plan(draft: Draft, source: Schema, dtype: str | None) -> Plan:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gearshift.model.head import soft_capped
+
 IGNORED = -100
 """The label of a position that has no next token."""
 
@@ -100,10 +102,10 @@ class _HeadLosses(torch.autograd.Function):
         scaled = {name: weight * per_position[name] for name, weight in weights.items()}
         for start in range(0, len(student), chunk):
             part = slice(start, start + chunk)
-            logits = _capped(F.linear(student[part], student_head).float(), softcaps[0])
+            logits = soft_capped(F.linear(student[part], student_head).float(), softcaps[0])
             against = None
             if weights.keys() - {"cross_entropy"}:
-                against = _capped(F.linear(teacher[part], teacher_head).float(), softcaps[1])
+                against = soft_capped(F.linear(teacher[part], teacher_head).float(), softcaps[1])
             sums, gradient = _terms(logits, against, labels[part], scaled, temperature, of_hidden or of_head)
             if softcaps[0] is not None and (of_hidden or of_head):
                 gradient *= 1 - (logits / softcaps[0]).square()
@@ -122,10 +124,6 @@ class _HeadLosses(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients = (None if made is None else made * upstream[0].to(made.dtype) for made in ctx.saved_tensors)
         return (*gradients, None, None, None, None, None, None, None)
-
-
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _autocast(head: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gearshift.mixers.activations import activation
 from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
-from gearshift.mixers.convolution import ShortConvolution, convolve
+from gearshift.mixers.convolution import ShortConvolution, run_convolutions
 from gearshift.mixers.delta_rule import delta_rule, log_decay
 from gearshift.mixers.fused_delta_rule import fused_delta_rule
 from gearshift.mixers.gated_delta_net import GatedDeltaNetSpec
@@ -85,9 +85,9 @@ class GatedDeltaNet(Mixer):
         )
 
     def core(self, inputs: Projected, context: MixContext, state: MixerState | None) -> Mixed:
-        weights = (self.q_conv.weight, self.k_conv.weight, self.v_conv.weight)
+        convolutions = (self.q_conv, self.k_conv, self.v_conv)
         streams = (inputs.query, inputs.key, inputs.value)
-        query, key, value = convolve(streams, weights, context, state, activation=self.spec.conv_activation)
+        query, key, value = run_convolutions(streams, convolutions, context, state, self.spec.conv_activation)
         query = query.unflatten(-1, (-1, self.spec.key_dim))
         key = key.unflatten(-1, (-1, self.spec.key_dim))
         value = value.unflatten(-1, (-1, self.spec.value_dim))

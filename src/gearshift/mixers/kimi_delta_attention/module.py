@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gearshift.mixers.activations import activation
 from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
-from gearshift.mixers.convolution import ShortConvolution, convolve
+from gearshift.mixers.convolution import ShortConvolution, run_convolutions
 from gearshift.mixers.delta_rule import delta_rule, log_decay
 from gearshift.mixers.fused_delta_rule import fused_delta_rule
 from gearshift.mixers.gated_norm import GatedRMSNorm
@@ -89,9 +89,9 @@ class KimiDeltaAttention(Mixer):
         )
 
     def core(self, inputs: Projected, context: MixContext, state: MixerState | None) -> Mixed:
-        weights = (self.q_conv.weight, self.k_conv.weight, self.v_conv.weight)
+        convolutions = (self.q_conv, self.k_conv, self.v_conv)
         streams = (inputs.query, inputs.key, inputs.value)
-        convolved = convolve(streams, weights, context, state, activation=self.spec.conv_activation)
+        convolved = run_convolutions(streams, convolutions, context, state, self.spec.conv_activation)
         query, key, value = map(self._heads, convolved)
         if value.is_cuda:
             gates = (inputs.decay, inputs.beta, self.A_log, self.dt_bias)
