@@ -5,7 +5,8 @@ from gearshift import GearshiftForCausalLM
 from gearshift.train.calibration import calibrate
 from gearshift.train.layerwise import LayerwiseRun
 from gearshift.train.recipe import LayerwiseStage
-from gearshift.train.stage import Precision
+from gearshift.train.stage import Engine, Precision
+from gearshift.train.steps import BlockSteps
 from tests.models import supernet, tokens
 
 
@@ -23,7 +24,9 @@ def student(scale: float = 5.0) -> GearshiftForCausalLM:
 
 def run(model: GearshiftForCausalLM, method: str) -> LayerwiseRun:
     stage = LayerwiseStage(steps=1, calibration=method)
-    return LayerwiseRun(model, model, Precision("auto", torch.device("cpu")), stage, 8, 4)
+    return LayerwiseRun(
+        model, model, Engine(Precision("auto", torch.device("cpu")), BlockSteps(compiled=False)), stage, 8, 4
+    )
 
 
 def mean(errors: dict[str, list[float | None]], name: str) -> float:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from gearshift.mixers.base import Mixer
 from gearshift.model import GearshiftForCausalLM
 from gearshift.train.calibration import calibrate
-from gearshift.train.losses import activation_error
+from gearshift.train.graphs import Graphed
 from gearshift.train.recipe import LayerwiseStage
-from gearshift.train.stage import LayerErrors, Precision, StageRun, Terms
+from gearshift.train.stage import Engine, LayerErrors, StageRun, Terms
 
 
 class LayerwiseRun(StageRun):
@@ -25,15 +25,16 @@ class LayerwiseRun(StageRun):
         self,
         model: GearshiftForCausalLM,
         teacher: GearshiftForCausalLM,
-        precision: Precision,
+        engine: Engine,
         stage: LayerwiseStage,
         batch_size: int,
         part_size: int,
     ):
-        super().__init__(model, teacher, precision)
+        super().__init__(model, teacher, engine)
         self.stage = stage
         self.batch_size = batch_size
         self.part_size = part_size
+        self._graphed: dict[float, Graphed[Terms]] = {}
         self.students: list[dict[str, Mixer]] = [
             {
                 name: block.mixer_named(name)
@@ -61,7 +62,15 @@ class LayerwiseRun(StageRun):
         )
 
     def learn(self, tokens: Tensor, step: int, share: float) -> Terms | None:
-        return self._judge(tokens, share)
+        if not self.graphs:
+            return self._judge(tokens, share)
+        if share not in self._graphed:
+            self._graphed[share] = Graphed(lambda part: self._judge(part, share))
+        return self._graphed[share](tokens)
+
+    @property
+    def keeps_gradients(self) -> bool:
+        return self.graphs
 
     def measure(self, tokens: Tensor) -> Terms:
         return self._judge(tokens, None)
@@ -78,15 +87,14 @@ class LayerwiseRun(StageRun):
         pairs = zip(teacher.blocks, student.blocks, self.students, strict=True)
         for layer, (block, student_block, mixers) in enumerate(pairs):
             with torch.no_grad(), self.precision():
-                normed = block.mixer_norm(hidden)
-                target = block.mixer_named(main[layer])(normed, context)
-                read = normed if self.own_teacher else student_block.mixer_norm(hidden)
-                hidden = block.feed(block.add_mixed(hidden, target))
+                normed = self.steps.norm(block, hidden)
+                read = normed if self.own_teacher else self.steps.norm(student_block, hidden)
+                teaching = block.mixer_named(main[layer])
+                result = self.steps.core(teaching, normed, context)
+                target, hidden = self.steps.leave(block, teaching, hidden, result)
             for name, mixer in mixers.items():
-                with torch.set_grad_enabled(share is not None):
-                    with self.precision():
-                        output = mixer(read, own)
-                    error = activation_error(output, target)
+                with torch.set_grad_enabled(share is not None), self.precision():
+                    error = self.steps.error(mixer, self.steps.core(mixer, read, own), target)
                 if share is not None:
                     (error * share).backward()
                 errors[name, layer] = error.detach()

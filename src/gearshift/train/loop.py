@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,11 @@ from gearshift.mixers.base import Mixer
 from gearshift.model import GearshiftForCausalLM
 from gearshift.train.layerwise import LayerwiseRun
 from gearshift.train.metrics import CalibrationRecord, Callback, Record, StageEndRecord, StepRecord
-from gearshift.train.noise import seeded, set_modes
+from gearshift.train.noise import is_noisy, seeded, set_modes
 from gearshift.train.optim import clip, learning_rate_scales, make_optimiser, schedule, set_learning_rate
 from gearshift.train.recipe import DistillationSettings, LayerwiseStage
-from gearshift.train.stage import Precision, StageRun
+from gearshift.train.stage import Engine, Precision, StageRun
+from gearshift.train.steps import BlockSteps
 from gearshift.train.stochastic import StochasticRun
 
 
@@ -68,7 +69,7 @@ class Distiller:
         self.progress = Progress()
         self.optimiser: torch.optim.AdamW | None = None
         self.device = model.lm_head.weight.device
-        self.precision = Precision(settings.autocast, self.device)
+        self.engine = _engine(settings, self.device, is_noisy(model))
         for module in model.modules():
             if isinstance(module, Mixer):
                 module.check_device(self.device, learning=True)
@@ -144,13 +145,14 @@ class Distiller:
         batch = self._batch(index, step, settings.batch_size_of(index))
         parts = batch.chunk(settings.parts_of(index))
         with seeded(self.model, self.device, settings.seed, global_step):
-            values = _average(run, parts, lambda part, share: run.learn(part, global_step, share))
+            terms = _average(parts, lambda part, share: run.learn(part, global_step, share))
         norm = clip(run.clip_groups(), settings.optimiser.clip_norm)
-        if values:
+        if terms:
             self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        said = {"loss": None, "terms": {}} if values is None else run.describe(values)
-        if values is not None and not math.isfinite(said["loss"]):
+        self.optimiser.zero_grad(set_to_none=not run.keeps_gradients)
+        # Nothing was read back before this: on a GPU, all of the step has been launched.
+        said = {"loss": None, "terms": {}} if terms is None else run.describe(_read(terms))
+        if terms is not None and not math.isfinite(said["loss"]):
             raise TrainingDivergedError(
                 f"the loss became {said['loss']} at step {step} of stage {index} ({stage.type}): lower its rate"
             )
@@ -176,19 +178,19 @@ class Distiller:
         size = self.settings.batch_size_of(index) // self.settings.parts_of(index)
         tokens = self.held_out.tokens.to(self.device)
         self.model.eval()
-        values = _average(run, tokens.split(size), lambda part, share: run.measure(part))
+        terms = _average(tokens.split(size), lambda part, share: run.measure(part))
         set_modes(self.model)
-        assert values is not None
-        return run.describe(values)
+        assert terms is not None
+        return run.describe(_read(terms))
 
     def _stage_run(self, index: int) -> StageRun:
         stage, settings = self.settings.stages[index], self.settings
         if isinstance(stage, LayerwiseStage):
             size = settings.batch_size_of(index)
             part = size // settings.parts_of(index)
-            return LayerwiseRun(self.model, self.teacher, self.precision, stage, size, part)
+            return LayerwiseRun(self.model, self.teacher, self.engine, stage, size, part)
         chunk = settings.loss_chunk or (256 if self.device.type == "cpu" else 2048)
-        return StochasticRun(self.model, self.teacher, self.precision, stage, settings.seed, chunk)
+        return StochasticRun(self.model, self.teacher, self.engine, stage, settings.seed, chunk)
 
     def _batch(self, index: int, step: int, count: int) -> Tensor:
         """`count` sequences from where step `step` of stage `index` begins, [count, tokens]. Stages share one order."""
@@ -226,9 +228,21 @@ def distil(
             callback.close()
 
 
+def _engine(settings: DistillationSettings, device: torch.device, noisy: bool) -> Engine:
+    """ValueError for CUDA graphs where there can be none."""
+    on_cuda = device.type == "cuda"
+    graphs = (on_cuda and not noisy) if settings.cuda_graphs is None else settings.cuda_graphs
+    if graphs and not on_cuda:
+        raise ValueError(f"cuda_graphs: true needs a CUDA device, not {device}: leave it out")
+    if graphs and noisy:
+        raise ValueError("cuda_graphs: true cannot repeat the dropout of adapters: leave it out")
+    steps = BlockSteps(on_cuda if settings.compile is None else settings.compile)
+    return Engine(Precision(settings.autocast, device), steps, graphs)
+
+
 def _average(
-    run: StageRun, batches: Sequence[Tensor], judge: Callable[[Tensor, float], dict[Any, Tensor] | None]
-) -> dict[Any, float] | None:
+    batches: Sequence[Tensor], judge: Callable[[Tensor, float], dict[Any, Tensor] | None]
+) -> dict[Any, Tensor] | None:
     """The mean of `judge(part, share)` over parts, weighted by their sequences. None if there was nothing to judge."""
     total: dict[Any, Tensor] = {}
     sequences = sum(len(batch) for batch in batches)
@@ -239,8 +253,12 @@ def _average(
             return None
         for key, value in terms.items():
             total[key] = total[key] + share * value if key in total else share * value
-    # One stack and one copy: on a GPU, reading each term by itself would wait for it.
-    return dict(zip(total, torch.stack(list(total.values())).tolist(), strict=True))
+    return total
+
+
+def _read(terms: Mapping[Any, Tensor]) -> dict[Any, float]:
+    """The terms as numbers: one stack and one copy, for on a GPU each term read by itself would wait for it."""
+    return dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
 
 
 def _check_teacher(model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, settings: DistillationSettings) -> None:

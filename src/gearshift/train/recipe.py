@@ -129,6 +129,12 @@ class DistillationSettings(Spec):
     """Globs of parameter names that never learn, whatever their factor."""
     autocast: Literal["auto", "none", "bfloat16"] = "auto"
     """Precision of the matrix products: `auto` is bfloat16 on CUDA and the weights' own elsewhere."""
+    compile: bool | None = None
+    """Whether to compile what stands between the mixers' cores (torch.compile): a slow start, then faster steps.
+    Null: on CUDA."""
+    cuda_graphs: bool | None = None
+    """Whether to record what is the same at every step (a layerwise step; the teacher's forward) as a CUDA graph.
+    Null: on CUDA, unless adapters drop inputs at random."""
     loss_chunk: int | None = Field(default=None, ge=1)
     """Positions whose logits are in memory at once; 256 on a CPU and 2048 elsewhere if left out."""
 

@@ -3,12 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gearshift.model import GearshiftForCausalLM
+from gearshift.train.steps import BlockSteps
 
 Terms = dict[Any, Tensor]
 """What a batch was judged by: key -> scalar, detached."""
@@ -29,18 +31,35 @@ class Precision:
         return torch.autocast(self.device.type, torch.bfloat16) if self.enabled else nullcontext()
 
 
+@dataclass(frozen=True)
+class Engine:
+    """How the stages compute. Whatever it says, the result is the same but for rounding."""
+
+    precision: Precision
+    steps: BlockSteps
+    graphs: bool = False
+    """Whether work that is the same at every step is recorded as a CUDA graph."""
+
+
 class StageRun(ABC):
     """A stage at work on a model."""
 
-    def __init__(self, model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, precision: Precision):
+    def __init__(self, model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, engine: Engine):
         self.model = model
         self.teacher = teacher
-        self.precision = precision
+        self.precision = engine.precision
+        self.steps = engine.steps
+        self.graphs = engine.graphs
 
     @property
     def own_teacher(self) -> bool:
         """Whether the model under its main placement is the teacher."""
         return self.teacher is self.model
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients must be set to zero between steps, and stay where they are in memory."""
+        return False
 
     def calibration_sequences(self) -> int:
         """How many sequences the stage wants to calibrate on before its first step; 0 if it does not."""

@@ -9,15 +9,15 @@ from torch.utils.checkpoint import checkpoint
 
 from gearshift.mixers.base import MixContext
 from gearshift.model import GearshiftForCausalLM
-from gearshift.model.block import Block
 from gearshift.spec import Placement
+from gearshift.train.graphs import Graphed
 from gearshift.train.losses import activation_error, head_losses, next_tokens
 from gearshift.train.noise import is_noisy
 from gearshift.train.recipe import StochasticStage
-from gearshift.train.stage import Precision, StageRun, Terms
+from gearshift.train.stage import Engine, StageRun, Terms
 
-Visit = Callable[[int, Tensor, Tensor], None]
-"""Called with a layer's number, its hidden states and its mixer's output."""
+Visit = Callable[[int, Tensor], None]
+"""Called with a layer's number and its mixer's output."""
 
 
 class Taught(NamedTuple):
@@ -25,10 +25,8 @@ class Taught(NamedTuple):
 
     final: Tensor
     """[batch, tokens, hidden], the final hidden states."""
-    start: Tensor
-    """[batch, tokens, hidden], what the first layer to differ from the teacher reads; before the norm if none does."""
-    outputs: dict[int, Tensor]
-    """Layer -> its mixer's output, of the layers from there on. Empty if the activation loss does not ask for them."""
+    outputs: list[Tensor]
+    """Of each layer, its mixer's output. Empty if the activation loss does not ask for them."""
 
 
 class StochasticRun(StageRun):
@@ -38,18 +36,21 @@ class StochasticRun(StageRun):
         self,
         model: GearshiftForCausalLM,
         teacher: GearshiftForCausalLM,
-        precision: Precision,
+        engine: Engine,
         stage: StochasticStage,
         seed: int,
         loss_chunk: int,
     ):
-        super().__init__(model, teacher, precision)
+        super().__init__(model, teacher, engine)
         self.stage = stage
         self.seed = seed
         self.loss_chunk = loss_chunk
         self.choices = model.spec.choices
         self.presets = model.presets
         stage.sampling.check(self.choices, self.presets)
+        self._teach: Callable[[Tensor], Taught] = self._taught
+        if self.graphs:
+            self._teach = Graphed(self._taught)
 
     def placement(self, step: int) -> Placement:
         """The placement of step `step`, counted over all stages."""
@@ -86,26 +87,20 @@ class StochasticRun(StageRun):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of `placement` on `tokens` [batch, tokens], and its terms."""
         body = self.model.model
-        first = self._first_difference(placement)
         activation = weights.get("activation", 0.0)
         recompute = self.stage.recompute and torch.is_grad_enabled()
-        taught, context = self._teach(tokens, first, activation > 0)
+        taught = self._teach(tokens)
         errors: list[Tensor] = []
 
-        def compare(layer: int, hidden: Tensor, output: Tensor) -> None:
-            if taught.outputs:
-                # A pop, so that each target is freed once it has been read.
-                errors.append(activation_error(output, taught.outputs.pop(layer)))
+        def compare(layer: int, output: Tensor) -> None:
+            if activation > 0:
+                errors.append(activation_error(output, taught.outputs[layer]))
 
         with self.precision():
-            if self.own_teacher:
-                hidden = taught.start
-            else:
-                hidden = body.embed(tokens)
-                context = body.context(hidden)
-            final = body.norm(run_layers(self.model, hidden, context, placement, first, compare, recompute))
+            hidden = body.embed(tokens)
+            hidden = self._run_layers(self.model, hidden, body.context(hidden), placement, compare, recompute)
             loss, terms = head_losses(
-                final,
+                body.norm(hidden),
                 taught.final,
                 next_tokens(tokens),
                 self.model.lm_head.weight,
@@ -114,38 +109,59 @@ class StochasticRun(StageRun):
                 self.stage.temperature,
                 self.loss_chunk,
                 (self.model.spec.logit_softcap, self.teacher.spec.logit_softcap),
+                self.steps.compiled,
             )
         if activation > 0:
-            error = torch.stack(errors).sum() / len(placement) if errors else loss.new_zeros(())
+            error = torch.stack(errors).mean()
             loss = loss + activation * error
             terms["activation"] = error.detach()
         return loss, terms
 
-    def _first_difference(self, placement: Placement) -> int:
-        """The first layer that does not do what the teacher does. Up to there the teacher's hidden states serve."""
-        if not self.own_teacher:
-            return 0
-        pairs = enumerate(zip(placement, self.model.spec.main, strict=True))
-        return next((layer for layer, (name, main) in pairs if name != main), len(placement))
-
     @torch.no_grad()
-    def _teach(self, tokens: Tensor, first: int, keep_outputs: bool) -> tuple[Taught, MixContext]:
+    def _taught(self, tokens: Tensor) -> Taught:
         """The teacher's forward over `tokens` [batch, tokens]. What it keeps does not grow with the vocabulary."""
-        start: list[Tensor] = []
-        outputs: dict[int, Tensor] = {}
+        outputs: list[Tensor] = []
 
-        def keep(layer: int, hidden: Tensor, output: Tensor) -> None:
-            if layer == first:
-                start.append(hidden)
-            if keep_outputs and layer >= first:
-                outputs[layer] = output
+        def keep(layer: int, output: Tensor) -> None:
+            if self.stage.losses.activation > 0:
+                outputs.append(output)
 
         with self.precision():
             hidden = self.teacher.model.embed(tokens)
             context = self.teacher.model.context(hidden)
-            hidden = run_layers(self.teacher, hidden, context, self.teacher.spec.main, 0, keep)
-            final = self.teacher.model.norm(hidden)
-        return Taught(final, start[0] if start else hidden, outputs), context
+            hidden = self._run_layers(self.teacher, hidden, context, self.teacher.spec.main, keep)
+            return Taught(self.teacher.model.norm(hidden), outputs)
+
+    def _run_layers(
+        self,
+        model: GearshiftForCausalLM,
+        hidden: Tensor,
+        context: MixContext,
+        placement: Placement,
+        visit: Visit,
+        recompute: bool = False,
+    ) -> Tensor:
+        """All layers over `hidden` [batch, tokens, hidden], up to the final norm; `visit` sees each mixer's output.
+
+        With `recompute`, of each layer only its input and its mixer's output are kept for the backward pass.
+        """
+        for layer, (block, name) in enumerate(zip(model.model.blocks, placement, strict=True)):
+            if recompute:
+                # What is computed again must drop the same inputs.
+                made = checkpoint(
+                    self.steps.run,
+                    block,
+                    name,
+                    hidden,
+                    context,
+                    use_reentrant=False,
+                    preserve_rng_state=is_noisy(block),
+                )
+            else:
+                made = self.steps.run(block, name, hidden, context)
+            visit(layer, made[0])
+            hidden = made[1]
+        return hidden
 
     def describe(self, values: Mapping[Any, float]) -> dict[str, Any]:
         """`loss`: the weighted sum; `terms`: each loss. Of a measurement: mixer -> forward KL of its pure placement."""
@@ -158,37 +174,6 @@ class StochasticRun(StageRun):
 
     def clip_groups(self) -> Iterator[list[nn.Parameter]]:
         return iter([list(self.model.parameters())])
-
-
-def run_layers(
-    model: GearshiftForCausalLM,
-    hidden: Tensor,
-    context: MixContext,
-    placement: Placement,
-    first: int,
-    visit: Visit,
-    recompute: bool = False,
-) -> Tensor:
-    """Layers `first` and on over `hidden` [batch, tokens, hidden], up to the final norm; `visit` sees each layer.
-
-    With `recompute`, of each layer only its input and its mixer's output are kept for the backward pass.
-    """
-
-    def run_layer(block: Block, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        output = block.mixer_named(name)(block.mixer_norm(hidden), context)
-        return output, block.feed(block.add_mixed(hidden, output))
-
-    for layer, (block, name) in enumerate(zip(model.model.blocks, placement, strict=True)):
-        if layer >= first:
-            if recompute:
-                # What is computed again must drop the same inputs.
-                random = is_noisy(block)
-                made = checkpoint(run_layer, block, name, hidden, use_reentrant=False, preserve_rng_state=random)
-            else:
-                made = run_layer(block, name, hidden)
-            visit(layer, hidden, made[0])
-            hidden = made[1]
-    return hidden
 
 
 def _shared(model: GearshiftForCausalLM) -> Iterator[nn.Parameter]:
