@@ -69,6 +69,7 @@ class Distiller:
         self.progress = Progress()
         self.optimiser: torch.optim.AdamW | None = None
         self.device = model.lm_head.weight.device
+        self._attention = settings.attention or ("flex_attention" if self.device.type == "cuda" else None)
         self.engine = _engine(settings, self.device, is_noisy(model))
         for module in model.modules():
             if isinstance(module, Mixer):
@@ -102,13 +103,18 @@ class Distiller:
         """Let the parameters in `scales`, and no others, have gradients. Puts everything back at the end."""
         before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         training = self.model.training
+        functions = {model: model.config._attn_implementation for model in (self.model, self.teacher)}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.scales)
         set_modes(self.model)
+        for model, function in functions.items():
+            model.set_attn_implementation(self._attention or function)
         try:
             yield
         finally:
             self.model.train(training)
+            for model, function in functions.items():
+                model.set_attn_implementation(function)
             for parameter, required in before:
                 parameter.requires_grad_(required)
                 parameter.grad = None

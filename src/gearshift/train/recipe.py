@@ -129,6 +129,9 @@ class DistillationSettings(Spec):
     """Globs of parameter names that never learn, whatever their factor."""
     autocast: Literal["auto", "none", "bfloat16"] = "auto"
     """Precision of the matrix products: `auto` is bfloat16 on CUDA and the weights' own elsewhere."""
+    attention: str | None = None
+    """The attention function of transformers that training runs on. Null: on CUDA `flex_attention`, whose cost follows
+    windows and documents where others pay for the whole square of a sequence; elsewhere the model's own."""
     compile: bool | None = None
     """Whether to compile what stands between the mixers' cores (torch.compile): a slow start, then faster steps.
     Null: on CUDA."""

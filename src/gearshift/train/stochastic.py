@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from gearshift.mixers.base import MixContext
 from gearshift.model import GearshiftForCausalLM
 from gearshift.spec import Placement
-from gearshift.train.graphs import Graphed
+from gearshift.train.graphs import Graphed, GraphedLayers
 from gearshift.train.losses import activation_error, head_losses, next_tokens
 from gearshift.train.noise import is_noisy
 from gearshift.train.recipe import StochasticStage
@@ -48,6 +48,7 @@ class StochasticRun(StageRun):
         self.choices = model.spec.choices
         self.presets = model.presets
         stage.sampling.check(self.choices, self.presets)
+        self._layers: GraphedLayers | None = None
         self._teach: Callable[[Tensor], Taught] = self._taught
         if self.graphs:
             self._teach = Graphed(self._taught)
@@ -98,7 +99,11 @@ class StochasticRun(StageRun):
 
         with self.precision():
             hidden = body.embed(tokens)
-            hidden = self._run_layers(self.model, hidden, body.context(hidden), placement, compare, recompute)
+            recorded = None if recompute or activation > 0 else self._recorded_layers(hidden)
+            if recorded is not None:
+                hidden = recorded.run(hidden, placement)
+            else:
+                hidden = self._run_layers(self.model, hidden, body.context(hidden), placement, compare, recompute)
             loss, terms = head_losses(
                 body.norm(hidden),
                 taught.final,
@@ -131,6 +136,15 @@ class StochasticRun(StageRun):
             context = self.teacher.model.context(hidden)
             hidden = self._run_layers(self.teacher, hidden, context, self.teacher.spec.main, keep)
             return Taught(self.teacher.model.norm(hidden), outputs)
+
+    def _recorded_layers(self, hidden: Tensor) -> GraphedLayers | None:
+        """The layers as CUDA graphs, where only mixers learn and no two layers share theirs."""
+        keys = self.model.spec.decoder.weight_keys
+        if not (self.graphs and self.own_teacher and torch.is_grad_enabled()) or len(set(keys)) < len(keys):
+            return None
+        if self._layers is None:
+            self._layers = GraphedLayers(self.model, self.steps, self.precision, hidden)
+        return self._layers if self._layers.fits(hidden) else None
 
     def _run_layers(
         self,
