@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +69,9 @@ class Distiller:
         self.progress = Progress()
         self.optimiser: torch.optim.AdamW | None = None
         self.device = model.lm_head.weight.device
+        self.noisy = is_noisy(model)
         self._attention = settings.attention or ("flex_attention" if self.device.type == "cuda" else None)
-        self.engine = _engine(settings, self.device, is_noisy(model))
+        self.engine = _engine(settings, self.device, self.noisy)
         for module in model.modules():
             if isinstance(module, Mixer):
                 module.check_device(self.device, learning=True)
@@ -134,7 +135,9 @@ class Distiller:
 
     def _calibrate(self, index: int, run: StageRun) -> CalibrationRecord:
         started = time.perf_counter()
+        self.model.eval()  # what is fitted must not depend on what dropout leaves of it
         errors = run.calibrate(self._batch(index, 0, run.calibration_sequences()))
+        set_modes(self.model)
         seconds = time.perf_counter() - started
         kind = self.settings.stages[index].type
         return CalibrationRecord(
@@ -150,7 +153,7 @@ class Distiller:
         set_learning_rate(self.optimiser, rate)
         batch = self._batch(index, step, settings.batch_size_of(index))
         parts = batch.chunk(settings.parts_of(index))
-        with seeded(self.model, self.device, settings.seed, global_step):
+        with seeded(self.device, settings.seed, global_step) if self.noisy else nullcontext():
             terms = _average(parts, lambda part, share: run.learn(part, global_step, share))
         norm = clip(run.clip_groups(), settings.optimiser.clip_norm)
         if terms:

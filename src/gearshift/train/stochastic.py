@@ -47,6 +47,7 @@ class StochasticRun(StageRun):
         self.loss_chunk = loss_chunk
         self.choices = model.spec.choices
         self.presets = model.presets
+        self.noisy = is_noisy(model)
         stage.sampling.check(self.choices, self.presets)
         self._layers: GraphedLayers | None = None
         self._teach: Callable[[Tensor], Taught] = self._taught

@@ -62,6 +62,8 @@ class MultiHeadLatentAttention(Mixer):
         self.rotary = None if spec.rotary is None else Rotary(spec.rotary, spec.qk_rope_head_dim)
         # Transformers' attention functions read it from the module they are given, like the class attributes above.
         self.config = SimpleNamespace(_attn_implementation=None)
+        # The attention functions apply its rate; it stands here so that training sees that something is random.
+        self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
 
     def prepare(self, context: MixContext, dtype: torch.dtype) -> None:
         if self.rotary is not None:
@@ -98,7 +100,7 @@ class MultiHeadLatentAttention(Mixer):
             value,
             attention_mask(query, key.shape[2], context),
             scaling=self.spec.scale,
-            dropout=0.0,
+            dropout=self.spec.dropout if self.training else 0.0,
             **packing(context),
         )
         return output
