@@ -2,17 +2,18 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gearshift.data import TokenSequences
+from gearshift.data import Batch, Sequences, TokenSequences
 from gearshift.mixers.base import Mixer
 from gearshift.model import GearshiftForCausalLM
+from gearshift.plan.ahead import made_ahead
 from gearshift.train.layerwise import LayerwiseRun
 from gearshift.train.metrics import CalibrationRecord, Callback, Record, StageEndRecord, StepRecord
 from gearshift.train.noise import seeded, set_modes
@@ -20,6 +21,9 @@ from gearshift.train.optim import clip, learning_rate_scales, make_optimiser, sc
 from gearshift.train.recipe import DistillationSettings, LayerwiseStage
 from gearshift.train.stage import Precision, StageRun
 from gearshift.train.stochastic import StochasticRun
+
+AHEAD = 3
+"""Batches in memory: the one of this step, and those made while it runs."""
 
 
 class TrainingDivergedError(RuntimeError):
@@ -44,7 +48,7 @@ class Distiller:
     def __init__(
         self,
         model: GearshiftForCausalLM,
-        sequences: TokenSequences,
+        sequences: Sequences,
         settings: DistillationSettings,
         teacher: GearshiftForCausalLM | None = None,
         held_out: TokenSequences | None = None,
@@ -118,8 +122,9 @@ class Distiller:
             yield self._calibrate(index, run)
         if self.optimiser is None:
             self.optimiser = self.make_optimiser()
-        while self.progress.step < stage.steps:
-            yield self._step(index, run)
+        with closing(self._batches(index)) as batches:
+            for batch in batches:
+                yield self._step(index, run, batch)
         held_out = self._measure(index, run)
         ended = self.global_step
         self.progress, self.optimiser = Progress(index + 1), None
@@ -127,22 +132,21 @@ class Distiller:
 
     def _calibrate(self, index: int, run: StageRun) -> CalibrationRecord:
         started = time.perf_counter()
-        errors = run.calibrate(self._batch(index, 0, run.calibration_sequences()))
+        errors = run.calibrate(self._batch(index, 0, run.calibration_sequences()).to(self.device))
         seconds = time.perf_counter() - started
         kind = self.settings.stages[index].type
         return CalibrationRecord(
             stage=index, type=kind, step=0, global_step=self.global_step, seconds=seconds, **errors
         )
 
-    def _step(self, index: int, run: StageRun) -> StepRecord:
+    def _step(self, index: int, run: StageRun, batch: Batch) -> StepRecord:
         started = time.perf_counter()
         stage, settings, step = self.settings.stages[index], self.settings, self.progress.step
         global_step = self._steps_before(index) + step
         assert self.optimiser is not None
         rate = stage.learning_rate * schedule(step, stage.steps, stage.schedule or settings.schedule)
         set_learning_rate(self.optimiser, rate)
-        batch = self._batch(index, step, settings.batch_size_of(index))
-        parts = batch.chunk(settings.parts_of(index))
+        parts = batch.to(self.device).split(len(batch) // settings.parts_of(index))
         with seeded(self.model, self.device, settings.seed, global_step):
             values = _average(run, parts, lambda part, share: run.learn(part, global_step, share))
         norm = clip(run.clip_groups(), settings.optimiser.clip_norm)
@@ -163,7 +167,7 @@ class Distiller:
             total_steps=settings.total_steps,
             learning_rate=rate,
             gradient_norm=float(norm),
-            tokens=batch.numel(),
+            tokens=batch.tokens.numel(),
             seconds=time.perf_counter() - started,
             **said,
             **run.describe_step(global_step),
@@ -174,9 +178,9 @@ class Distiller:
         if self.held_out is None:
             return None
         size = self.settings.batch_size_of(index) // self.settings.parts_of(index)
-        tokens = self.held_out.tokens.to(self.device)
+        parts = self.held_out.all.to(self.device).split(size)
         self.model.eval()
-        values = _average(run, tokens.split(size), lambda part, share: run.measure(part))
+        values = _average(run, parts, lambda part, share: run.measure(part))
         set_modes(self.model)
         assert values is not None
         return run.describe(values)
@@ -190,13 +194,22 @@ class Distiller:
         chunk = settings.loss_chunk or (256 if self.device.type == "cpu" else 2048)
         return StochasticRun(self.model, self.teacher, self.precision, stage, settings.seed, chunk)
 
-    def _batch(self, index: int, step: int, count: int) -> Tensor:
-        """`count` sequences from where step `step` of stage `index` begins, [count, tokens]. Stages share one order."""
+    def _batches(self, index: int) -> Generator[Batch, None, None]:
+        """The batches of the steps that are left of stage `index`, made in the background. To be closed."""
+        steps = range(self.progress.step, self.settings.stages[index].steps)
+        size = self.settings.batch_size_of(index)
+        return made_ahead(steps, lambda step: self._batch(index, step, size), lambda step: 1, AHEAD)
+
+    def _batch(self, index: int, step: int, count: int) -> Batch:
+        """`count` sequences from where step `step` of stage `index` begins, not yet on the device.
+
+        Stages share one order.
+        """
         sizes = [self.settings.batch_size_of(stage) for stage in range(index + 1)]
         before = sum(size * stage.steps for size, stage in zip(sizes, self.settings.stages[:index], strict=False))
         first = before + step * sizes[index]
-        drawn = [self.sequences.batch(number, 1, self.settings.seed) for number in range(first, first + count)]
-        return torch.cat(drawn).to(self.device)
+        batch = self.sequences.draw(range(first, first + count), self.settings.seed)
+        return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _steps_before(self, index: int) -> int:
         return sum(stage.steps for stage in self.settings.stages[:index])
@@ -204,7 +217,7 @@ class Distiller:
 
 def distil(
     model: GearshiftForCausalLM,
-    sequences: TokenSequences,
+    sequences: Sequences,
     settings: DistillationSettings,
     on_record: Callable[[Record], None] | None = None,
     callbacks: Sequence[Callback] = (),
@@ -227,7 +240,7 @@ def distil(
 
 
 def _average(
-    run: StageRun, batches: Sequence[Tensor], judge: Callable[[Tensor, float], dict[Any, Tensor] | None]
+    run: StageRun, batches: Sequence[Batch], judge: Callable[[Batch, float], dict[Any, Tensor] | None]
 ) -> dict[Any, float] | None:
     """The mean of `judge(part, share)` over parts, weighted by their sequences. None if there was nothing to judge."""
     total: dict[Any, Tensor] = {}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gearshift.data import Batch
 from gearshift.mixers.base import MixContext
 from gearshift.model import GearshiftForCausalLM
 from gearshift.model.block import Block
@@ -55,23 +56,23 @@ class StochasticRun(StageRun):
         """The placement of step `step`, counted over all stages."""
         return self.stage.sampling.sample(self.choices, self.presets, self.seed, step)
 
-    def learn(self, tokens: Tensor, step: int, share: float) -> Terms | None:
+    def learn(self, batch: Batch, step: int, share: float) -> Terms | None:
         placement = self.placement(step)
         if not self._learns(placement):
             return None
-        loss, terms = self._judge(tokens, placement, self.stage.losses.model_dump())
+        loss, terms = self._judge(batch, placement, self.stage.losses.model_dump())
         (loss * share).backward()
         return {"loss": loss.detach(), **terms}
 
     @torch.no_grad()
-    def measure(self, tokens: Tensor) -> Terms:
+    def measure(self, batch: Batch) -> Terms:
         """Forward KL of each placement that has one mixer wherever it is offered, and the main one elsewhere."""
         names = dict.fromkeys(name for offered in self.choices for name in offered)
         main = self.model.spec.main
         divergences: Terms = {}
         for name in names:
             pure = Placement(name if name in offered else main[layer] for layer, offered in enumerate(self.choices))
-            divergences[name] = self._judge(tokens, pure, {"forward_kl": 1.0})[1]["forward_kl"]
+            divergences[name] = self._judge(batch, pure, {"forward_kl": 1.0})[1]["forward_kl"]
         return divergences
 
     def _learns(self, placement: Placement) -> bool:
@@ -82,32 +83,32 @@ class StochasticRun(StageRun):
         return own or (not self.own_teacher and any(parameter.requires_grad for parameter in _shared(self.model)))
 
     def _judge(
-        self, tokens: Tensor, placement: Placement, weights: Mapping[str, float]
+        self, batch: Batch, placement: Placement, weights: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted loss of `placement` on `tokens` [batch, tokens], and its terms."""
+        """The weighted loss of `placement` on `batch`, and its terms."""
         body = self.model.model
         first = self._first_difference(placement)
         activation = weights.get("activation", 0.0)
         recompute = self.stage.recompute and torch.is_grad_enabled()
-        taught, context = self._teach(tokens, first, activation > 0)
+        taught, context = self._teach(batch, first, activation > 0)
         errors: list[Tensor] = []
 
         def compare(layer: int, hidden: Tensor, output: Tensor) -> None:
             if taught.outputs:
                 # A pop, so that each target is freed once it has been read.
-                errors.append(activation_error(output, taught.outputs.pop(layer)))
+                errors.append(activation_error(batch.by_row(output), batch.by_row(taught.outputs.pop(layer))))
 
         with self.precision():
             if self.own_teacher:
                 hidden = taught.start
             else:
-                hidden = body.embed(tokens)
-                context = body.context(hidden)
+                hidden = body.embed(batch.inputs)
+                context = body.context(hidden, cu_seqlens=batch.cu_seqlens)
             final = body.norm(run_layers(self.model, hidden, context, placement, first, compare, recompute))
             loss, terms = head_losses(
                 final,
                 taught.final,
-                next_tokens(tokens),
+                next_tokens(batch.inputs, context.cu_seqlens),
                 self.model.lm_head.weight,
                 self.teacher.lm_head.weight,
                 weights,
@@ -129,8 +130,8 @@ class StochasticRun(StageRun):
         return next((layer for layer, (name, main) in pairs if name != main), len(placement))
 
     @torch.no_grad()
-    def _teach(self, tokens: Tensor, first: int, keep_outputs: bool) -> tuple[Taught, MixContext]:
-        """The teacher's forward over `tokens` [batch, tokens]. What it keeps does not grow with the vocabulary."""
+    def _teach(self, batch: Batch, first: int, keep_outputs: bool) -> tuple[Taught, MixContext]:
+        """The teacher's forward over `batch`. What it keeps does not grow with the vocabulary."""
         start: list[Tensor] = []
         outputs: dict[int, Tensor] = {}
 
@@ -141,8 +142,8 @@ class StochasticRun(StageRun):
                 outputs[layer] = output
 
         with self.precision():
-            hidden = self.teacher.model.embed(tokens)
-            context = self.teacher.model.context(hidden)
+            hidden = self.teacher.model.embed(batch.inputs)
+            context = self.teacher.model.context(hidden, cu_seqlens=batch.cu_seqlens)
             hidden = run_layers(self.teacher, hidden, context, self.teacher.spec.main, 0, keep)
             final = self.teacher.model.norm(hidden)
         return Taught(final, start[0] if start else hidden, outputs), context
