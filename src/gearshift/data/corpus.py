@@ -115,7 +115,7 @@ class Corpus:
         return self._read(chosen)
 
     def split(self, held_out: int) -> tuple["Corpus", TokenSequences]:
-        """(the rest, `held_out` sequences: each source's share, spread evenly over it). ValueError if nothing is left."""
+        """(the rest, `held_out` sequences: each source's share, spread evenly over it). ValueError if none is left."""
         wanted = np.bincount(
             [interleaved(number, self.shares)[0] for number in range(held_out)], minlength=len(self.cuts)
         )

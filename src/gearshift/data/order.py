@@ -33,7 +33,7 @@ def shares(weights: Sequence[float]) -> list[Fraction]:
 def interleaved(number: int, shares: Sequence[Fraction]) -> tuple[int, int]:
     """(which source the draw `number` takes, how many draws before it took the same), counted from 0.
 
-    Of any first n draws, each source has its share of n to within one draw for each source before it.
+    Of the first n draws, each source has its share of n to within one draw, and one more for each source before it.
     """
     left = Fraction(1)
     for source, share in enumerate(shares):

@@ -79,8 +79,9 @@ class Dataset:
         """ValueError if it cannot be loaded or has no such column."""
         self.name = dataset
         self.field = field
+        load_dataset = _load_dataset()
         try:
-            self.rows = _load_dataset()(dataset, config, split=split)
+            self.rows = load_dataset(dataset, config, split=split)
         except Exception as error:  # what loading a dataset runs into is as varied as datasets are
             raise ValueError(
                 f"the dataset {dataset!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
@@ -139,7 +140,7 @@ def _lines(path: Path, field: str) -> Iterator[Piece]:
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line) if line.strip() else {field: ""}
+                row = json.loads(line.rstrip()) if line.strip() else {field: ""}
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
             except UnicodeDecodeError as error:

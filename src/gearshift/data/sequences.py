@@ -49,7 +49,7 @@ class TokenSequences:
 
     def draw(self, numbers: Iterable[int], seed: int = 0) -> Batch:
         """See `Sequences`."""
-        chosen = [shuffled(number % len(self), len(self), seed, number // len(self)) for number in numbers]
+        chosen = [shuffled(number % len(self), len(self), seed, 0, number // len(self)) for number in numbers]
         return Batch(self.tokens[chosen], None if self.starts is None else self.starts[chosen])
 
     def split(self, held_out: int) -> tuple["TokenSequences", "TokenSequences"]:
