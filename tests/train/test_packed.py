@@ -57,7 +57,7 @@ def test_the_stochastic_loss_is_that_of_the_documents_apart(separate: bool) -> N
     labelled = sum(end - begin - 1 for begin, end in BOUNDS)
     for begin, end in BOUNDS:
         document = Batch(ids.view(1, -1)[:, begin:end])
-        share = {name: (end - begin) / 40 for name in apart} | {"cross_entropy": (end - begin - 1) / labelled}
+        share = dict.fromkeys(apart, (end - begin) / 40) | {"cross_entropy": (end - begin - 1) / labelled}
         terms = run.learn(document, 0, 1.0)
         gradients(model)
         for name in apart:
