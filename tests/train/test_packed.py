@@ -17,7 +17,7 @@ from gearshift.train import (
 )
 from gearshift.train.losses import IGNORED, activation_error, next_tokens
 from gearshift.train.stage import StageRun
-from tests.models import supernet, tokens
+from tests.models import ATTENTION, supernet, tokens
 
 BOUNDS = [(0, 7), (7, 8), (8, 20), (20, 31), (31, 40)]
 """Five documents in two rows of 20 tokens."""
@@ -78,19 +78,21 @@ def _only(name: str) -> LossWeights:
 
 
 @torch.no_grad()
-def test_the_layerwise_error_is_that_of_the_documents_apart() -> None:
+@pytest.mark.parametrize("separate", [False, True], ids=["own teacher", "separate teacher"])
+def test_the_layerwise_error_is_that_of_the_documents_apart(separate: bool) -> None:
     model, ids = supernet(layers=1), tokens(2, 20)
-    measured = stage_run(model, LayerwiseStage(steps=1)).measure(packed(ids))
-    block = model.model.blocks[0]
+    teacher = supernet(seed=1, layers=1) if separate else model
+    measured = stage_run(model, LayerwiseStage(steps=1), teacher if separate else None).measure(packed(ids))
+
+    def apart(owner: GearshiftForCausalLM, mixer: str) -> torch.Tensor:
+        block, parts = owner.model.blocks[0], []
+        for begin, end in BOUNDS:
+            hidden = teacher.model.embed(ids.view(1, -1)[:, begin:end])
+            parts.append(block.mixer_named(mixer)(block.mixer_norm(hidden), owner.model.context(hidden)))
+        return torch.cat(parts, 1).view(2, 20, -1)
+
     for name in ("window", "gdn", "kda"):
-        made = {}
-        for mixer in (name, "attention"):
-            parts = []
-            for begin, end in BOUNDS:
-                hidden = model.model.embed(ids.view(1, -1)[:, begin:end])
-                parts.append(block.mixer_named(mixer)(block.mixer_norm(hidden), model.model.context(hidden)))
-            made[mixer] = torch.cat(parts, 1).view(2, 20, -1)
-        wanted = activation_error(made[name], made["attention"])
+        wanted = activation_error(apart(model, name), apart(teacher, "attention"))
         assert measured[name, 0].item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
@@ -142,3 +144,19 @@ def test_a_run_on_packed_documents_learns_and_is_judged() -> None:
     steps = [record for record in records if isinstance(record, StepRecord)]
     assert [record.tokens for record in steps] == [80, 80, 80]
     assert records[-1].held_out["forward_kl"].keys() == {"attention", "window", "gdn", "kda"}
+
+
+@pytest.mark.gpu
+def test_batches_for_cuda_wait_in_pinned_memory_and_give_the_same_loss() -> None:
+    mixers = {"attention": ATTENTION, "window": {**ATTENTION, "window": 6}}
+    starts = torch.zeros(8, 20, dtype=torch.bool)
+    starts[:, 9] = True
+    stage = StochasticStage(steps=2, sampling=PresetSampling(probabilities={"window": 1.0}))
+    settings = DistillationSettings(stages=(stage,), batch_size=4, autocast="none")
+    losses = []
+    for device in ("cpu", "cuda"):
+        model = supernet(layers=2, mixers=mixers).to(device)
+        distiller = Distiller(model, TokenSequences(tokens(8, 20), starts), settings)
+        assert distiller._batch(0, 0, 4).tokens.is_pinned() == (device == "cuda")
+        losses.append([record.loss for record in distiller.run() if isinstance(record, StepRecord)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
