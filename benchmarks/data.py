@@ -8,12 +8,13 @@ TOKENIZER is a model's folder. Text: the English that Python carries, repeated. 
 import argparse
 import json
 import os
+import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -78,23 +79,25 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def seconds(do: Callable[[], object]) -> float:
+    """How long a call takes."""
+    began = time.perf_counter()
+    do()
+    return time.perf_counter() - began
+
+
 def rate(batches: Callable[[], Iterator[object]]) -> float:
     """Tokens a second over STEPS batches."""
-    began = time.perf_counter()
-    count = sum(1 for _ in islice(batches(), STEPS))
-    return count * ROWS * LENGTH / (time.perf_counter() - began)
+    return STEPS * ROWS * LENGTH / seconds(lambda: deque(batches(), maxlen=0))
 
 
 def tokenising(folder: Path, tokenizer: object) -> tuple[float, float]:
     """(tokens a second of tokenising a jsonl file to disk, seconds until an open corpus the second time)."""
     path = folder / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in python_documents() * 16))
-    seconds = []
-    for _ in range(2):
-        began = time.perf_counter()
-        corpus = open_corpus([DataSource(path=str(path))], tokenizer, LENGTH, cache=folder / "cache")
-        seconds.append(time.perf_counter() - began)
-    return len(corpus.cuts[0].file.tokens) / seconds[0], seconds[1]
+    opened = partial(open_corpus, [DataSource(path=str(path))], tokenizer, LENGTH, cache=folder / "cache")
+    first, second = seconds(opened), seconds(opened)
+    return len(opened().cuts[0].file.tokens) / first, second
 
 
 def main() -> None:
@@ -120,16 +123,12 @@ def main() -> None:
             ("the same, made ahead in a thread", rate(lambda: ahead(mixed))),
             ("torch's DataLoader, two workers, joined", rate(lambda: iter(loader))),
         ]
-        began = time.perf_counter()
-        step(mixed, 10**9)
-        first = time.perf_counter() - began
+        late = statistics.median(seconds(partial(step, mixed, 10**9 + number)) for number in range(20))
     print("| what | tokens/s | times what one GPU eats |\n| --- | --- | --- |")
     print(f"| tokenising, once | {tokenised:,.0f} | {tokenised / arguments.gpu:.1f} |")
     for what, speed in rows:
         print(f"| {what} | {speed:,.0f} | {speed / arguments.gpu:.0f} |")
-    print(
-        f"\nOpening a tokenised source: {opened * 1e3:.0f} ms. The batch of step 1,000,000,000: {first * 1e3:.1f} ms."
-    )
+    print(f"\nOpening a tokenised source: {opened * 1e3:.0f} ms. A batch after 10^9 steps: {late * 1e3:.1f} ms.")
 
 
 if __name__ == "__main__":
