@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
 INPUT_AT_FAULT, INTERRUPTED = 2, 130
+_PACKAGE = Path(__file__).parent
 
 
 class Command(TyperCommand):
@@ -26,8 +28,8 @@ class Command(TyperCommand):
                 # Ours are for the person; Python shows them to programmers alone.
                 warnings.filterwarnings("default", category=DeprecationWarning, module=r"gearshift(\.|$)")
                 shown = warnings.showwarning
-                warnings.showwarning = lambda message, kind, *where: (
-                    _say(str(message)) if kind is DeprecationWarning else shown(message, kind, *where)
+                warnings.showwarning = lambda message, kind, file, *rest: (
+                    _say(str(message)) if _PACKAGE in Path(file).parents else shown(message, kind, file, *rest)
                 )
                 return super().invoke(ctx)
         except KeyboardInterrupt:

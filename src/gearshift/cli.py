@@ -77,7 +77,7 @@ def info(
     if resolved:
         print(inspect.resolved(checkpoint.native), end="")
     else:
-        out.print(inspect.summary(checkpoint), soft_wrap=False)
+        out.print(inspect.summary(checkpoint), soft_wrap=False, width=None if out.is_terminal else 100)
 
 
 @app.command(cls=Command)
@@ -115,20 +115,12 @@ def train(
 ) -> None:
     """Distil a supernet by a recipe. Run again, it goes on from its last checkpoint."""
     from gearshift.progress import bar
-    from gearshift.train import StepRecord, load_recipe
+    from gearshift.train import load_recipe, step_progress
     from gearshift.train import train as run_recipe
 
     settings = load_recipe(recipe, overrides or [])
     with bar(err, "training", settings.total_steps) as advance:
-        done = 0
-
-        def watch(record: object) -> None:
-            nonlocal done
-            if isinstance(record, StepRecord):
-                advance(record.global_step + 1 - done)
-                done = record.global_step + 1
-
-        result = run_recipe(settings, watch)
+        result = run_recipe(settings, step_progress(advance))
     if result.already_finished:
         out.print(f"{result.model}: this run was finished before, nothing is left to do")
     else:
@@ -220,10 +212,11 @@ def search(
     check_folder(target, overwrite)
     content = read_text(text)
     native = open_checkpoint(model).native
+    length = settings.length_for(native.spec)
     cost = cost_table(native.spec, native.dtype, settings.context)
     check_budgets(native.spec, budgets, cost)
     loaded, tokenizer = load(model)
-    sequences = load_sequences(content, tokenizer, min(settings.length, native.spec.max_positions), settings.sequences)
+    sequences = load_sequences(content, tokenizer, length, settings.sequences)
     with bar(err, "searching", 1) as advance:
         result = run_search(loaded, sequences, budgets, cost, settings, advance=advance)
     write_result(result, target, overwrite)

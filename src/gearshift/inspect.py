@@ -30,7 +30,6 @@ def summary(checkpoint: Checkpoint) -> RenderableType:
     table.add_column("", overflow="fold")
     for row in _blocks(native):
         table.add_row(*row)
-    table.add_row()
     table.add_row(Text("placement", style="dim"), "", "", "", Text("cost of a token at 8k, layers", style="dim"))
     for row in _placements(native):
         table.add_row(*row)
@@ -128,15 +127,16 @@ def _blocks(native: NativeConfig) -> Iterator[tuple[RenderableType, ...]]:
             if (mixer_name, mixer) in seen:
                 repeated.setdefault(seen[mixer_name, mixer], []).append(label)
                 continue
-            settings, complete = _mixer_settings(mixer_name, mixer, in_full | near)
-            near[mixer_name] = mixer
+            stated = _stated(mixer, spec.hidden_size)
+            settings, complete = _mixer_settings(mixer_name, mixer, stated, in_full | near)
+            near[mixer_name] = stated
             if complete:
-                in_full[f"{mixer_name} of {name}"] = mixer
+                in_full[f"{mixer_name} of {name}"] = stated
             token, sequence = _state_sizes(mixer.state(), native.dtype)
             yield f"  {label}", _count(counts[name, mixer_name]), _size(token), _size(sequence), Text(settings)
         for earlier, labels in repeated.items():
             yield f"  as in {earlier}", "", "", "", Text(", ".join(labels))
-        seen = dict.fromkeys(near.items(), name) | seen
+        seen = dict.fromkeys(((key, block.mixers[key]) for key in near), name) | seen
 
 
 def _notes(block: BlockSpec) -> list[str]:
@@ -151,13 +151,30 @@ def _common_notes(spec: ModelSpec) -> list[str]:
     return [note for note in first if others and all(note in other for other in others)]
 
 
-def _mixer_settings(name: str, mixer: MixerSpec, others: Mapping[str, MixerSpec]) -> tuple[str, bool]:
+def _stated(mixer: MixerSpec, hidden_size: int) -> MixerSpec:
+    """A resolved mixer without the settings that follow from the others."""
+    stated = mixer.model_dump()
+    for name in reversed(type(mixer).model_fields):
+        fewer = {key: stated[key] for key in stated if key != name}
+        try:
+            if type(mixer).model_validate(fewer).resolved(hidden_size) == mixer:
+                stated = fewer
+        except ValueError:  # without it there is no such mixer
+            continue
+    return type(mixer).model_validate(stated)
+
+
+def _mixer_settings(
+    name: str, mixer: MixerSpec, stated: MixerSpec, others: Mapping[str, MixerSpec]
+) -> tuple[str, bool]:
     """A mixer's settings, or how they differ from those of one of the `others` if that is shorter; whether in full."""
-    full = ", ".join(_settings(mixer, _defaults(mixer))) if name == mixer.type else describe_settings(mixer)
+    full = ", ".join(_settings(stated, _defaults(stated))) if name == mixer.type else describe_settings(stated)
     ways = [full]
+    followed = [key for key in type(mixer).model_fields if getattr(mixer, key) != getattr(stated, key)]
     for label, other in others.items():
-        if other.type == mixer.type:
-            changes = ", ".join(_settings(mixer, other.model_dump()))
+        # What follows from the others' settings here must do so there.
+        if other.type == mixer.type and all(getattr(other, key) == getattr(stated, key) for key in followed):
+            changes = ", ".join(_settings(stated, other.model_dump()))
             ways.append(f"as {label}, but {changes}" if changes else f"as {label}")
     shortest = min(ways, key=len)
     return shortest, shortest == full

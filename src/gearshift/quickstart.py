@@ -30,7 +30,7 @@ from gearshift.settings import load_settings
 from gearshift.spec import Spec
 from gearshift.surgery import load_surgery
 from gearshift.tiny import TINY, write_tiny_model
-from gearshift.train import DistillationSettings, Recipe, StepRecord, train
+from gearshift.train import DistillationSettings, Recipe, step_progress, train
 
 RECIPES = next(
     folder
@@ -192,15 +192,7 @@ class Job:
             checkpoint_every=8,
             **dict(self.settings.distillation),
         )
-        done = 0
-
-        def watch(record: object) -> None:
-            nonlocal done
-            if isinstance(record, StepRecord):
-                advance(record.global_step + 1 - done)
-                done = record.global_step + 1
-
-        result = train(recipe, watch)
+        result = train(recipe, step_progress(advance))
         tokens = sum(record["tokens"] for record in self.records if record["event"] == "step")
         step.result = f"{recipe.total_steps} steps, {tokens:,} tokens"
         if result.resumed_at:

@@ -28,14 +28,16 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from gearshift.conversion import convert
-from gearshift.formats import open_checkpoint
+from gearshift.formats import FORMATS, open_checkpoint
 from gearshift.formats.checkpoint import CONFIG
 from gearshift.formats.gguf.header import read_header
 from gearshift.plan.execute import materialise
 from gearshift.surgery import load_surgery
+from tests.formats.families import families
 from tests.formats.folders import save
 from tests.formats.gguf_files import write as write_gguf
 from tests.formats.mutations import FRACTIONS, NUMBERS, TEXTS, damage_bytes, damage_json, damage_safetensors
@@ -53,17 +55,6 @@ SMALL: dict[str, Any] = {
     "head_dim": 4,
     "max_position_embeddings": 64,
 }
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 100.0}},
-    "mistral": {"sliding_window": 8},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-    "qwen3": {},
-    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
-    "mixtral": {"num_local_experts": 2},
-    "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8},
-}
-STORED = ("apriel-mixed", "apriel2-supernet", "mtp_llama-three-heads", "dream-yarn")
-"""Checkpoints among the tests' data."""
 
 
 @dataclass(frozen=True)
@@ -80,24 +71,51 @@ class HungError(BaseException):
 
 
 def make_sources(folder: Path) -> None:
-    """Small valid checkpoints of several formats: folders with one file, with shards, a supernet, a GGUF file."""
-    for family, settings in FAMILIES.items():
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **{**SMALL, **settings})
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder / family)
-    save(folder / "sharded", **SMALL).save_pretrained(folder / "sharded", max_shard_size="5KB")
-    (folder / "sharded" / "model.safetensors").unlink()
-    convert(folder / "llama", [load_surgery(SURGERY)]).write(folder / "supernet")
-    for name in STORED:
+    """Small valid checkpoints of every format, in folders that begin with its name.
+
+    Of a family there are two: one that has every tensor, and one with the longest setting of its sweep.
+    """
+    for name, family in families().items():
+        family.save(folder / name, **family.full)
+        family.save(folder / f"{name}-long", **max(family.sweep, key=lambda settings: len(str(settings))))
+    _copy_stored(folder)
+    _make_images(folder / "gemma3_images")
+    save(folder / "llama-sharded", **SMALL).save_pretrained(folder / "llama-sharded", max_shard_size="5KB")
+    (folder / "llama-sharded" / "model.safetensors").unlink()
+    convert(folder / "llama", [load_surgery(SURGERY)]).write(folder / "gearshift")
+    _make_gguf(folder / "gguf")
+    made = {path.name.partition("-")[0] for path in folder.iterdir()}
+    assert made == set(FORMATS), f"no source for {sorted(set(FORMATS) - made)}"
+
+
+def _copy_stored(folder: Path) -> None:
+    """The checkpoints among the tests' data: formats whose code is not in transformers."""
+    for stored in sorted(path for path in DATA.iterdir() if path.is_dir()):
+        name = stored.name.replace("apriel2-with-images", "apriel2_images")
         (folder / name).mkdir()
         for file in (CONFIG, "model.safetensors"):
-            shutil.copyfile(DATA / name / file, folder / name / file)
-    model = save(folder / "gguf", **SMALL)
+            shutil.copyfile(stored / file, folder / name / file)
+
+
+def _make_images(folder: Path) -> None:
+    """A Gemma 3 that reads images too, without the weights of what reads them."""
+    text = families()["gemma3"]
+    text.save(folder, **text.full)
+    config = json.loads((folder / CONFIG).read_text())
+    del config["architectures"]
+    outer = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": config}
+    (folder / CONFIG).write_text(json.dumps(outer))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"language_model.{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+def _make_gguf(folder: Path) -> None:
+    model = save(folder, **SMALL)
     assert isinstance(model, LlamaForCausalLM)
-    shutil.rmtree(folder / "gguf")
-    (folder / "gguf").mkdir()
+    shutil.rmtree(folder)
+    folder.mkdir()
     factors = np.ones(SMALL["head_dim"] // 2, np.float32)
-    write_gguf(folder / "gguf" / "model.gguf", model, more=lambda w: w.add_tensor("rope_freqs.weight", factors))
+    write_gguf(folder / "model.gguf", model, more=lambda w: w.add_tensor("rope_freqs.weight", factors))
 
 
 def case(number: int, sources: Path) -> Case:

@@ -59,3 +59,21 @@ def test_two_windows_stay_ours(tmp_path: Path) -> None:
     conversion = export(tmp_path / "supernet", "window,wide,window")
     assert conversion.format == "gearshift"
     assert "block 'wide' has mixer.window 9 where block 'window' has 5" in conversion.reason
+
+
+def test_mamba2_and_attention_become_bamba(tmp_path: Path) -> None:
+    families()["llama"].save(tmp_path / "source", rms_norm_eps=3e-4)
+    edits = [
+        {"layout": {"copies": {"ssm": "layer"}, "pattern": ["ssm", "layer"]}},
+        {"replace": {"blocks": ["ssm"], "mixer": {"type": "mamba2"}}},
+    ]
+    convert(tmp_path / "source", [Surgery.model_validate({"edits": edits})]).write(tmp_path / "hybrid")
+    conversion = export(tmp_path / "hybrid")
+    assert conversion.format == "bamba"
+    conversion.write(tmp_path / "exported")
+    ids = torch.randint(3, 60, (2, 30))
+    ours = GearshiftForCausalLM.from_pretrained(tmp_path / "hybrid").eval()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert (ours(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gearshift import GearshiftForCausalLM
+from gearshift import GearshiftForCausalLM, conversion
 from gearshift.formats import FORMATS, InexpressibleError, NativeConfig, open_checkpoint
 from gearshift.formats.family import FamilyFormat
 from gearshift.formats.fates import RUNTIME_ONLY, Fixed, Mapped, Translated
@@ -78,7 +78,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     ("folder", "changes", "message"),
     [
         (IDENTITY, {}, "'hybrid_block_layout' has the type 'i': a layer that does nothing"),
-        ("apriel-mixed", {"hybrid_block_layout": ["t", "m2", "m2d", "gdn"]}, "the type 'gdn': Gated DeltaNet"),
+        (
+            "apriel-mixed",
+            {"hybrid_block_layout": ["t", "m2", "m2d", "gdn"], "layer_types": ...},
+            "'linear_attn_config.gdn_num_key_heads': Input should be a valid integer",
+        ),
         ("apriel-mixed", {"hybrid_block_layout": ["t", "m2", "m2d", "kl"]}, "the type 'kl': Kimi Delta Attention"),
         ("apriel-mixed", {"hybrid_block_layout": ["t", "m2", "m2d", "swa"]}, "the type 'swa': attention with a window"),
         ("apriel-mixed", {"hybrid_block_layout": ["t", "m2", "m2d", ["t"]]}, r"the type \['t'\]: known are t, m2, m2d"),
@@ -153,6 +157,19 @@ def test_values_are_written_as_they_came(folder: str, changes: dict[str, Any]) -
     assert family(folder).express(family(folder).to_native(config)) == config
 
 
+def test_gated_delta_net_beside_attention(tmp_path: Path) -> None:
+    convert(open_checkpoint(DATA / "apriel2-supernet"), tmp_path / "native")
+    conversion.export(tmp_path / "native", "attention,gdn", "apriel").write(tmp_path / "apriel")
+    written = json.loads((tmp_path / "apriel" / "config.json").read_text())
+    assert written["hybrid_block_layout"] == ["t", "gdn"]
+    assert written["linear_attn_config"] == config_of("apriel-gdn")["linear_attn_config"]
+    convert(open_checkpoint(tmp_path / "apriel"), tmp_path / "again")
+    ids = load_file(DATA / "apriel-gdn" / "expected.safetensors")["input_ids"]
+    supernet, pruned = (GearshiftForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("native", "again"))
+    with torch.no_grad():
+        assert torch.equal(pruned(ids).logits, supernet(ids, placement="attention,gdn").logits)
+
+
 def test_a_width_that_no_longer_holds_is_written_out() -> None:
     folder = "apriel-m2-conv-first"
     native = family(folder).to_native(config_of(folder, ssm_cfg__d_inner=None, ssm_cfg__expand=2))
@@ -196,7 +213,9 @@ def test_every_fate_is_needed(name: str) -> None:
     for fate in (*whole.fates, *whole.layers):
         rest = tuple(other for other in whole.fates if other is not fate)
         layers = tuple(other for other in whole.layers if other is not fate)
-        if isinstance(fate, Mapped | Fixed | Translated) or fate.key in known:
+        if not isinstance(fate, Fixed) and fate.key == "model_type":  # it says which names the family has
+            assert replace(whole, fates=rest).model_types != whole.model_types
+        elif isinstance(fate, Mapped | Fixed | Translated) or fate.key in known:
             with pytest.raises(ValueError, match="no fate"):
                 replace(whole, fates=rest, layers=layers)
         else:

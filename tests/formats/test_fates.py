@@ -137,13 +137,17 @@ def test_blocks_that_are_alike_need_not_be_one() -> None:
         ({"rope_scaling": [1]}, "rope_parameters"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor.* is 0.5"),
         ({"rope_theta": -5}, r"'rope_parameters\.rope_theta': .*greater than 0"),
-        ({"hidden_size": "x"}, "'hidden_size' expected int, got str"),
+        ({"hidden_size": "x"}, "^'hidden_size': LlamaConfig expected int, got str"),
+        ({"rms_norm_eps": -1}, r"^'rms_norm_eps': .*greater than 0 \(it is -1\.0\)"),
+        ({"partial_rotary_factor": 0.5}, "unknown key 'partial_rotary_factor': remove it"),
+        ({"auto_mapp": {}}, "unknown key 'auto_mapp': remove it"),
+        ({"original_max_position_embeddings": 64}, "is 64, but nothing here has a 'original_max_position_embeddings'"),
         ({"num_key_value_heads": 3}, "4 heads cannot be shared among 3 kv_heads"),
         ({"num_attention_heads": 0}, "does not accept it"),
         ({"vocab_size": 0}, "'vocab_size': .*greater than or equal to 1"),
         ({"rms_norm_eps": 0.0}, "'rms_norm_eps': .*greater than 0"),
         ({"dtype": "int3"}, "int3"),
-        ({"attention_dropout": 0.1}, "'attention_dropout' is 0.1, and only 0.0"),
+        ({"attention_dropout": 1.0}, "'attention_dropout': .*less than 1"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "'architectures' is .*Classification"),
         ({"is_encoder_decoder": True}, "'is_encoder_decoder' is True"),
         ({"chunk_size_feed_forward": 4}, "'chunk_size_feed_forward' is 4"),
@@ -186,3 +190,20 @@ def test_unknown_names_come_with_the_nearest() -> None:
         FORMATS.for_model_type("mistal")
     with pytest.raises(ValueError, match="no format reads the model type None"):
         FORMATS.for_model_type(None)
+
+
+def test_a_whole_number_is_a_float_where_the_family_wants_one() -> None:
+    read = FORMATS["llama"].to_native
+    assert read({**SIZES, "rms_norm_eps": 1}) == read({**SIZES, "rms_norm_eps": 1.0})
+
+
+@pytest.mark.parametrize("name", ["llama", "apriel2"])
+def test_what_cannot_be_expressed_is_named_as_it_is_written(name: str) -> None:
+    native = FORMATS["llama"].to_native(SIZES)
+    raw = native.spec.model_dump(mode="json")
+    raw["decoder"]["blocks"]["layer"]["lora"] = {"rank": 8, "alpha": 16, "targets": ["mlp.*"]}
+    adapted = replace(native, spec=ModelSpec.model_validate(raw))
+    with pytest.raises(
+        ValueError, match=r"block 'layer' has lora \{rank: 8, alpha: 16\.0, targets: \[mlp\.\*\]\} \(merge"
+    ):
+        FORMATS[name].to_config(adapted)

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
+from gearshift.cli import app
 from gearshift.formats import Checkpoint, open_checkpoint
 from gearshift.formats.folder import SafetensorsSource
 from gearshift.plan.execute import materialise
@@ -332,7 +335,21 @@ class TestNewerConfigs:
 
     def test_a_newer_config_that_can_be_read_is_read(self, folder: Path) -> None:
         edit_config(folder, transformers_version="99.1.0")
-        assert open_checkpoint(folder).native.spec.hidden_size == 32
+        with pytest.warns(
+            UserWarning, match=r"config\.json: transformers 99\.1\.0 wrote this config, and it is read as"
+        ):
+            assert open_checkpoint(folder).native.spec.hidden_size == 32
+        shown = CliRunner().invoke(app, ["info", str(folder)])
+        assert shown.exit_code == 0
+        assert shown.stderr.startswith("gearshift: ")
+        assert len(shown.stderr.splitlines()) == 1
+
+    def test_one_of_the_same_generation_is_read_in_silence(
+        self, folder: Path, recwarn: pytest.WarningsRecorder
+    ) -> None:
+        edit_config(folder, transformers_version=f"{transformers.__version__.partition('.')[0]}.999.0")
+        open_checkpoint(folder)
+        assert not recwarn.list
 
 
 def test_paths_that_lead_nowhere(tmp_path: Path) -> None:

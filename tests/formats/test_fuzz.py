@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gearshift.formats import open_checkpoint
+from gearshift.model import schema
 from tests.formats.fuzz import Case, case, check, make_sources, run
+from tests.models import supernet_spec
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 KDA = ("spec", "decoder", "blocks", "layer", "mixer", "mixers", "kda")
@@ -69,9 +72,9 @@ def nested(depth: int) -> Any:
 
 FOUND: dict[str, tuple[str, str, Callable[[bytes], bytes], str]] = {
     "no object": ("llama", CONFIG, lambda _: b"1.5", "does not hold a JSON object"),
-    "no object in an index": ("sharded", INDEX, lambda _: b"true", "does not hold a JSON object"),
+    "no object in an index": ("llama-sharded", INDEX, lambda _: b"true", "does not hold a JSON object"),
     "no object in a header": (
-        "sharded",
+        "llama-sharded",
         "model-00001-of-00005.safetensors",
         in_header(lambda _: b"2.5 "),
         "not a JSON",
@@ -79,7 +82,12 @@ FOUND: dict[str, tuple[str, str, Callable[[bytes], bytes], str]] = {
     "brackets without an end": ("llama", CONFIG, lambda _: b"[" * 100_000, "config.json is not valid JSON"),
     "nesting that JSON reads": ("llama", CONFIG, with_value("pad_token_id", value=nested(900)), "nested too deep"),
     "nesting in a header": ("llama", WEIGHTS, in_header(with_value("__metadata__", value=nested(900))), "too deep"),
-    "digits without an end": ("llama", CONFIG, lambda text: text.replace(b"16", b"9" * 5000, 1), "is not valid JSON"),
+    "digits without an end": (
+        "llama",
+        CONFIG,
+        lambda text: text.replace(b" 32,", b"9" * 5000 + b",", 1),
+        "is not valid JSON",
+    ),
     "sizes beyond any tensor": ("llama", CONFIG, with_value("vocab_size", value=2**62), "there can be no model"),
     "sizes beyond any number": ("llama", CONFIG, with_value("vocab_size", value=2**63), "there can be no model"),
     "layers without an end": (
@@ -89,7 +97,7 @@ FOUND: dict[str, tuple[str, str, Callable[[bytes], bytes], str]] = {
         "at most 4096 layers",
     ),
     "long values": ("qwen2", CONFIG, with_value("layer_types", value=["x"] * 3000), "config.json: .* \\.\\.\\. "),
-    "NUL in a name": ("supernet", CONFIG, with_value("spec", "\x00", value=1), r"spec\.\\x00"),
+    "NUL in a name": ("gearshift", CONFIG, with_value("spec", "\x00", value=1), r"spec\.\\x00"),
     "half a character": ("llama", WEIGHTS, in_header(with_value("lm_head.weight", value="\ud800")), r"\\ud800"),
     "long dtypes": (
         "llama",
@@ -97,15 +105,15 @@ FOUND: dict[str, tuple[str, str, Callable[[bytes], bytes], str]] = {
         in_header(with_value("lm_head.weight", "dtype", value="x" * 5000)),
         "the tensor 'lm_head.weight' in .*model.safetensors has an unknown dtype 'xxx",
     ),
-    "infinite numbers": ("supernet", CONFIG, with_value(*KDA, "norm_epsilon", value=float("inf")), "norm_epsilon"),
-    "a list for a type": ("supernet", CONFIG, with_value(*KDA, "type", value=[]), "type"),
+    "infinite numbers": ("gearshift", CONFIG, with_value(*KDA, "norm_epsilon", value=float("inf")), "norm_epsilon"),
+    "a list for a type": ("gearshift", CONFIG, with_value(*KDA, "type", value=[]), "type"),
     "a mapping for a mixer's type": (
-        "supernet",
+        "gearshift",
         CONFIG,
         with_value("spec", "decoder", "blocks", "layer", "mixer", "type", value={}),
         "type",
     ),
-    "a list for a preset": ("supernet", CONFIG, with_value("default_preset", value=[[]]), "default preset"),
+    "a list for a preset": ("gearshift", CONFIG, with_value("default_preset", value=[[]]), "default preset"),
 }
 
 
@@ -116,3 +124,14 @@ def test_what_the_fuzzer_found(name: str, sources: Path, tmp_path: Path) -> None
     assert check(damaged, sources, tmp_path / "case") == ""
     with pytest.raises(ValueError, match=says):
         open_checkpoint(tmp_path / "case")
+
+
+def test_a_model_of_very_many_layers_is_laid_out_without_drawing_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four thousand layers, which a damaged config can ask for, took longer than the fuzzer waits."""
+
+    def drawn(*_: object, **__: object) -> None:
+        raise AssertionError("weights were drawn")
+
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", drawn)
+    spec = supernet_spec(layers=3, vocab_size=59)
+    assert schema(spec, "float32")["lm_head.weight"].shape == (59, spec.hidden_size)

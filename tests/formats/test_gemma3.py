@@ -99,6 +99,10 @@ def test_of_a_model_with_images_the_text_model_is_read(tmp_path: Path, layout: s
         ({"architectures": ["Gemma3ForSequenceClassification"]}, "'architectures' is .*Classification"),
         ({"wings": 2}, "unknown key 'wings'"),
         ({"quantization_config": {"bits": 4}}, "de-quantise the weights first"),
+        (
+            {"text_config": {**SMALL, "use_bidirectional_attention": True}},
+            "'use_bidirectional_attention' is True, which only a text model by itself follows",
+        ),
     ],
 )
 def test_models_with_images_that_cannot_be_read(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
@@ -125,7 +129,7 @@ def test_older_layouts_of_rope_are_read() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"use_bidirectional_attention": True}, "'use_bidirectional_attention' is True, .*embedding models"),
+        ({"use_bidirectional_attention": "no"}, "use_bidirectional_attention"),
         ({"rope_parameters": {"rope_type": "default"}}, r"unknown key 'rope_parameters\.rope_type'"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "wings": 2}}},
@@ -159,6 +163,37 @@ def test_configs_that_cannot_be_read(changes: dict[str, Any], says: str) -> None
 def test_other_families_cannot_be_written_as_gemma3(family: str, says: str) -> None:
     with pytest.raises(InexpressibleError, match=says):
         FORMATS["gemma3"].express(FORMATS[family].to_native(SIZES))
+
+
+def test_a_window_both_ways_counts_from_end_to_end() -> None:
+    both = {**SMALL, "use_bidirectional_attention": True, "sliding_window": 513}
+    native = FORMATS["gemma3"].to_native(both)
+    assert {block.mixer.window for block in native.spec.decoder.layers} == {None, 257}
+    assert FORMATS["gemma3"].express(native)["sliding_window"] == 512
+    assert FORMATS["gemma3"].to_native({**both, "sliding_window": 512}).spec == native.spec
+
+
+def test_layers_that_see_one_way_and_both_cannot_be_written() -> None:
+    native = FORMATS["gemma3"].to_native(SMALL)
+    raw = native.spec.model_dump(mode="json")
+    raw["decoder"]["blocks"]["full_attention"]["mixer"]["causal"] = False
+    with pytest.raises(InexpressibleError, match=r"mixer\.causal"):
+        FORMATS["gemma3"].express(replace(native, spec=ModelSpec.model_validate(raw)))
+
+
+def test_beside_images_what_transformers_makes_of_both_ways_depends_on_its_attention(tmp_path: Path) -> None:
+    """Why that is refused."""
+    config = with_images(tmp_path / "source").config
+    config.text_config.use_bidirectional_attention = True
+    ids = tokens(1, 20, vocabulary=57)
+    changed = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % 57], dim=1)
+    sees_ahead = {}
+    for name in ("eager", "sdpa"):
+        model = Gemma3ForConditionalGeneration._from_config(config, attn_implementation=name).eval()
+        with torch.no_grad():
+            before, after = (model(input_ids=given).logits[:, :-1] for given in (ids, changed))
+        sees_ahead[name] = not torch.equal(before, after)
+    assert sees_ahead == {"eager": False, "sdpa": True}
 
 
 def test_a_scale_with_a_fraction_cannot_be_written() -> None:

@@ -114,10 +114,20 @@ def test_shared_experts_are_a_whole_number() -> None:
         FORMATS["kimi_linear"].to_config(with_decoder(native, blocks=blocks))
 
 
-@pytest.mark.parametrize(("key", "value"), [("attn_rotary_emb", 128), ("partial_rotary_factor", 1.0)])
-def test_bamba_rotates_what_transformers_rotates(key: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"'{key}' is {value}, but transformers rotates 0.5 of 128 channels"):
-        FORMATS["bamba"].to_native({**BAMBA, key: value})
+def test_bamba_rotates_what_transformers_rotates() -> None:
+    with pytest.raises(ValueError, match=r"'attn_rotary_emb' is 128, but transformers rotates 0\.5 of 128 channels"):
+        FORMATS["bamba"].to_native({**BAMBA, "attn_rotary_emb": 128})
+    with pytest.raises(ValueError, match=r"'partial_rotary_factor' is 1\.0, and only 0\.5 is supported"):
+        FORMATS["bamba"].to_native({**BAMBA, "partial_rotary_factor": 1.0})
+
+
+def test_bamba_rotates_what_rope_parameters_say() -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+    written = {**BAMBA, "rope_parameters": rope, "partial_rotary_factor": 0.5, "attn_rotary_emb": 32}
+    native = FORMATS["bamba"].to_native(written)
+    assert native.spec.decoder.blocks["attention"].mixer.rotary.share == 0.25
+    with pytest.raises(ValueError, match="'attn_rotary_emb' is 64, but transformers rotates"):
+        FORMATS["bamba"].to_native({**written, "attn_rotary_emb": 64})
 
 
 def test_bamba_has_channels_by_the_multiple() -> None:

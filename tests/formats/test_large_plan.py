@@ -2,11 +2,16 @@
 
 import json
 import math
+import re
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from rich.tree import Tree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
@@ -14,6 +19,7 @@ from typer.testing import CliRunner
 from gearshift.cli import app
 from gearshift.conversion import convert
 from gearshift.formats.folder import SafetensorsSource
+from gearshift.plan import describe, render
 from gearshift.surgery import load_surgery
 
 SURGERY = Path(__file__).parents[2] / "recipes" / "quickstart" / "surgery.yaml"
@@ -93,6 +99,72 @@ def test_a_large_plan_prints_each_kind_of_layer_once(folder: Path, tmp_path: Pat
     assert len(lines) < 70
     assert sum("layers.0-47" in line for line in lines) == 1
     assert any(
-        "q_proj.weight  [4096, 4096] bfloat16 ← model.layers.*.self_attn.q_proj.weight" in line for line in lines
+        "{q_proj, o_proj}.weight  [4096, 4096] bfloat16 ← model.layers.*.self_attn.*.weight" in line for line in lines
     )
     assert not (tmp_path / "out").exists()
+
+
+def five_blocks(more: dict[str, Any], lora: dict[str, Any] | None) -> dict[str, Any]:
+    """A spec of 48 layers of five blocks with four mixers and `more`, which differ in windows and MLPs."""
+    attention = {"type": "attention", "heads": 32, "kv_heads": 8}
+    blocks = {}
+    for number, name in enumerate(("alice", "bob", "claire", "dave", "erin"), 1):
+        mixers = {
+            "attention": attention,
+            "window": {**attention, "window": 512 * number},
+            "gdn": {"type": "gated_delta_net", "key_heads": 16, "value_heads": 32},
+            "mamba2": {"type": "mamba2"},
+            **more,
+        }
+        blocks[name] = {
+            "mixer": {"type": "stochastic", "main": "attention", "mixers": mixers},
+            "mlp": {"type": "gated", "intermediate_size": WIDE + 256 * number},
+            "lora": lora,
+        }
+    pattern = ["alice", "bob", "claire", "bob", "dave", "erin", "alice"]
+    decoder = {"num_layers": LAYERS, "pattern": pattern, "blocks": blocks}
+    return {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "max_positions": 4096, "decoder": decoder}
+
+
+def lines_of(tree: Tree, above: str = "") -> Iterator[tuple[list[str], str]]:
+    """The names that each line of a printed plan stands for, and what it says of them."""
+    for child in tree.children:
+        label, _, said = str(child.label).partition("  ")
+        path = f"{above}.{label}".removeprefix(".")
+        if said:
+            parts = re.split(r"\.(?![^{]*})", path)
+            yield [".".join(name) for name in product(*map(expanded, parts))], said
+        yield from lines_of(child, path)
+
+
+def expanded(part: str) -> list[str]:
+    if part.startswith("{"):
+        return part[1:-1].split(", ")
+    if not re.fullmatch(r"[0-9,-]+", part):
+        return [part]
+    runs = (run.partition("-") for run in part.split(","))
+    return [str(number) for first, _, last in runs for number in range(int(first), int(last or first) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("more", "lora", "most"),
+    [
+        ({}, None, 60),
+        ({"kda": {"type": "kimi_delta_attention", "heads": 32}}, {"rank": 8, "alpha": 16}, 130),
+    ],
+    ids=["plain", "lora"],
+)
+def test_a_plan_of_five_blocks_is_short_and_complete(
+    tmp_path: Path, more: dict[str, Any], lora: dict[str, Any] | None, most: int
+) -> None:
+    (tmp_path / "five.json").write_text(json.dumps(five_blocks(more, lora)))
+    plan = convert(tmp_path / "five.json").plan
+    console = Console(width=400)
+    with console.capture() as capture:
+        console.print(render(plan))
+    assert len(capture.get().splitlines()) <= most
+    left = dict(plan.target)
+    for names, said in lines_of(render(plan)):
+        for name in names:
+            assert said == f"{left.pop(name)} ← {describe(plan.expressions[name])}"
+    assert not left

@@ -354,7 +354,12 @@ def test_variants(variant: str) -> None:
         ({"model__blocks__alice__normalization": {"type": "layer_norm"}}, "'normalization.type' is 'layer_norm'"),
         ({"model__blocks__claire__expansion_factor": "x"}, "'expansion_factor' must be a whole number"),
         ({"model__blocks__dave__n_v_heads": 24}, "128 channels do not divide into 24 heads"),
-        ({"model__block_pattern": ["alice", "eve"]}, "'eve'"),
+        (
+            {"model__block_pattern": ["alice", "eve"]},
+            "'block_pattern' names a block 'eve', but the blocks are alice, bob, claire, dave",
+        ),
+        ({"model__blocks__claire__dt_rank": "big"}, "'blocks.claire.dt_rank': give `auto` or a whole number .*'big'"),
+        ({"model__blocks__claire__dt_rank": 0}, "'blocks.claire.dt_rank': give `auto` or a whole number from 1"),
         ({"model__block_pattern": ...}, "the key 'block_pattern' is missing"),
         ({"model__blocks": [1]}, "'blocks' must hold a mapping"),
         ({"model__blocks__alice": None}, "num_heads"),
@@ -541,3 +546,13 @@ def test_the_guide_names_every_field() -> None:
     for section in (MODEL, BLOCK, ATTENTION, MAMBA1):
         for key in section.keys:
             assert f"`{key.partition('.')[0]}" in guide, key
+
+
+@pytest.mark.parametrize(("above", "place"), [(["model"], "model"), (["model", "base_model"], "model.base_model")])
+def test_todays_layout_has_nothing_above_it(tmp_path: Path, above: list[str], place: str) -> None:
+    raw: dict[str, Any] = TODAY
+    for key in reversed(above):
+        raw = {key: raw}
+    (tmp_path / "nested.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=f"nested.json: 'decoder' lies under '{place}': .* belong at the top"):
+        read_spec(tmp_path / "nested.json")

@@ -1,11 +1,15 @@
 """Checkpoints of a family whose tensors have other names or pieces than the published ones are read the same."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from gearshift import GearshiftForCausalLM
+from gearshift.conversion import convert
 from gearshift.formats import open_checkpoint
 from gearshift.plan.execute import materialise
 from tests.formats.families import Family, families
@@ -76,3 +80,26 @@ def test_a_stack_that_is_incomplete_is_refused(tmp_path: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks the tensor 'model\.layers\.1\.block_sparse_moe\.experts\.0\.w2"):
         open_checkpoint(tmp_path / "stacked")
+
+
+def test_original_positions_beside_the_rotary_settings(tmp_path: Path) -> None:
+    """As Phi-3's configs have them; the models of transformers look there first."""
+    rotary = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    FAMILIES["llama"].save(tmp_path / "theirs", max_position_embeddings=64, head_dim=8)
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"rope_theta": 500.0, "rope_scaling": rotary, "original_max_position_embeddings": 16}
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "theirs").write(tmp_path / "ours")
+    theirs, ours = (
+        model.eval()
+        for model in (
+            AutoModelForCausalLM.from_pretrained(tmp_path / "theirs"),
+            GearshiftForCausalLM.from_pretrained(tmp_path / "ours"),
+        )
+    )
+    for length in (12, 40):
+        ids = torch.arange(3, 3 + length)[None]
+        with torch.no_grad():
+            expected = theirs(ids).logits
+            assert (ours(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()

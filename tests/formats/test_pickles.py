@@ -161,3 +161,15 @@ def test_files_from_before_archives(folder: Path) -> None:
     again = open_checkpoint(folder, allow_pickle=True)
     found = materialise(again.plan, again.source)
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("allow_pickle", [True, False])
+def test_a_pickle_is_one_whatever_its_name(
+    folder: Path, tensors: dict[str, torch.Tensor], zipped: bool, allow_pickle: bool
+) -> None:
+    (folder / "pytorch_model.bin").unlink()
+    torch.save(tensors, folder / "model.safetensors", _use_new_zipfile_serialization=zipped)
+    refused(folder, r"model\.safetensors is a pickle, .* ends in \.bin .* --allow-pickle", allow_pickle)
+    (folder / "model.safetensors").rename(folder / "model.bin")
+    assert open_checkpoint(folder, allow_pickle=True).source.schema.keys() == tensors.keys()

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -200,6 +200,36 @@ BAMBA = {
     "use_cache": True,
     "vocab_size": 128256,
 }
+DREAM = {
+    "architectures": ["DreamModel"],
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "mask_token_id": 151666,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "model_type": "Dream",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "pad_token_id": 151643,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.46.2",
+    "use_cache": True,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
 PUBLISHED: list[tuple[dict[str, Any], float]] = [
     (MIXTRAL, 46.70e9),
     (QWEN3_MOE, 30.53e9),
@@ -233,6 +263,28 @@ def test_it_is_written_back_the_same(config: dict[str, Any]) -> None:
         # Transformers takes the null that this was published with for the default.
         if (config["model_type"], key.name) != ("olmo_hybrid", "rope_parameters") and key.name not in RUNTIME_ONLY:
             assert getattr(one, key.name) == getattr(other, key.name), key.name
+
+
+def test_dream_keeps_the_name_that_its_authors_gave_it() -> None:
+    family = FORMATS.for_model_type("Dream")
+    assert family is FORMATS.for_model_type("dream")
+    native = family.to_native(DREAM)
+    assert native.spec == family.to_native({**DREAM, "model_type": "dream"}).spec
+    assert not native.spec.decoder.blocks["layer"].mixer.causal
+    sizes = [math.prod(info.shape) for info in schema(native.spec, "bfloat16").values()]
+    assert sum(sizes) == pytest.approx(7.616e9, rel=1e-3)
+    renamed = {key: value for key, value in DREAM.items() if key not in ("torch_dtype", "transformers_version")}
+    assert family.to_config(native) == renamed | {"dtype": "bfloat16"}
+    assert family.to_config(replace(native, source={}))["model_type"] == "dream"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"model_type": "DREAM"}, "'model_type' is 'DREAM'"), ({"use_mrope": True}, "'use_mrope' is True")],
+)
+def test_what_dream_is_not(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        FORMATS["dream"].to_native({**DREAM, **changes})
 
 
 def test_positions() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from delta_cases import assert_near, context, gradients, packed
+from contract_cases import assert_near, context, gradients, packed
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,14 +54,16 @@ def rounded(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return made.cuda().requires_grad_(), made.float().requires_grad_()
 
 
-def to_cuda(context: MixContext) -> MixContext:
+def to_cuda(context: MixContext, implementation: str = "sdpa") -> MixContext:
     cu_seqlens = None if context.cu_seqlens is None else context.cu_seqlens.cuda()
-    return MixContext(context.positions.cuda(), past=context.past, cu_seqlens=cu_seqlens)
+    return MixContext(
+        context.positions.cuda(), past=context.past, cu_seqlens=cu_seqlens, attn_implementation=implementation
+    )
 
 
-def check(narrow: Mixer, wide: Mixer, where: MixContext, batch: int) -> None:
+def check(narrow: Mixer, wide: Mixer, where: MixContext, batch: int, implementation: str = "sdpa") -> None:
     here, there = rounded(batch, where.tokens, HIDDEN)
-    actual, expected = narrow(here, to_cuda(where)), wide(there, where)
+    actual, expected = narrow(here, to_cuda(where, implementation)), wide(there, where)
     assert_near(actual.cpu(), expected, OUTPUTS, "output")
     wanted = gradients(expected, {"hidden": there, **dict(wide.named_parameters())})
     # The random projection behind the gradients is drawn on the CPU, so that both sides have the same one.

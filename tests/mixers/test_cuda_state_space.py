@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from delta_cases import assert_near, context, gradients, packed
+from contract_cases import assert_near, context, gradients, packed
 from test_cuda_kernels import GRADIENTS, HIDDEN, OUTPUTS, check, check_hand_over, rounded, to_cuda
 from torch.nn import functional as F
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from delta_cases import assert_near, context, packed
+from contract_cases import assert_near, check_recurrence, context, packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -39,12 +39,7 @@ def chunked(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor, chunk_size
 def check(made: list[Tensor], chunk_size: int = 64, tolerance: float = 1e-5) -> None:
     expected = recurrent_delta_rule(*made)
     actual = chunked(*made, chunk_size=chunk_size)
-    for what, a, e in zip(("output", "state"), actual, expected, strict=True):
-        assert_near(a, e, tolerance, what)
-    wanted = torch.autograd.grad(sum(x.square().sum() for x in expected), made)
-    found = torch.autograd.grad(sum(x.square().sum() for x in actual), made)
-    for name, a, e in zip(NAMES, found, wanted, strict=True):
-        assert_near(a, e, tolerance, name)
+    check_recurrence(actual, expected, dict(zip(NAMES, made, strict=True)), tolerance)
 
 
 @pytest.mark.parametrize("channels", [1, 16])

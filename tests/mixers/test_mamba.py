@@ -4,25 +4,27 @@ import math
 
 import pytest
 import torch
-from delta_cases import (
+from contract_cases import (
+    ATTENTION,
     HIDDEN,
-    assert_near,
+    LENGTHS,
+    check_agreement,
     check_batch,
     check_continuation,
+    check_declarations,
+    check_definition,
+    check_low_precision,
     check_packing,
     check_padding,
-    context,
-    gradients,
-    hidden,
+    check_refusal,
+    check_transfer,
     randomised,
 )
-from state_space_cases import LENGTHS, check_agreement, check_names, check_transfer, copied
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import JambaConfig
 from transformers.models.jamba.modeling_jamba import JambaMambaMixer
 
-from gearshift.mixers.attention import AttentionSpec
 from gearshift.mixers.mamba import KIND, MambaSpec
 from gearshift.mixers.mamba.module import Mamba
 from gearshift.plan import LastTap, Reference, Reshape
@@ -78,7 +80,7 @@ def jamba(spec: MambaSpec) -> nn.Module:
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_transformers_layer(tokens: int, settings: dict[str, object]) -> None:
     ours = mixer(**settings, **NORM)
-    check_agreement(ours, copied(ours, jamba(ours.spec), JAMBA), JAMBA, tokens)
+    check_agreement(ours, jamba(ours.spec), JAMBA, tokens)
 
 
 def test_a_norm_less_classic_mamba_is_one_whose_norms_are_taken_out() -> None:
@@ -86,7 +88,7 @@ def test_a_norm_less_classic_mamba_is_one_whose_norms_are_taken_out() -> None:
     theirs = jamba(ours.spec)
     for name in ("dt_layernorm", "b_layernorm", "c_layernorm"):
         setattr(theirs, name, nn.Identity())
-    check_agreement(ours, copied(ours, theirs, JAMBA), JAMBA, 65)
+    check_agreement(ours, theirs, JAMBA, 65)
 
 
 def grouped(ours: Mamba, x: Tensor) -> Tensor:
@@ -126,14 +128,7 @@ def grouped(ours: Mamba, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("settings", [name for name in SETTINGS if name.startswith("grouped")])
 @pytest.mark.parametrize("tokens", [1, 65])
 def test_the_grouped_form_is_its_definition(tokens: int, settings: str) -> None:
-    ours = mixer(**SETTINGS[settings])
-    x = hidden(tokens, batch=2)
-    here, there = ours(x, context(tokens, batch=2)), grouped(ours, x)
-    assert_near(here, there, 1e-4, "output")
-    wanted = {"hidden": x, **dict(ours.named_parameters())}
-    expected = gradients(there, wanted)
-    for name, gradient in gradients(here, wanted).items():
-        assert_near(gradient, expected[name], 1e-4, name)
+    check_definition(mixer(**SETTINGS[settings]), grouped, tokens)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -157,16 +152,12 @@ def test_batch_rows_are_separate(settings: dict[str, object]) -> None:
 
 
 def test_declarations_are_complete() -> None:
-    check_names(mixer(**settings) for settings in SETTINGS.values())
+    check_declarations(*(mixer(**settings) for settings in SETTINGS.values()))
 
 
 @pytest.mark.parametrize("settings", [NORM, GROUPED], ids=["classic", "grouped"])
 def test_low_precision_stays_in_its_dtype(settings: dict[str, object]) -> None:
-    ours = mixer(**settings)
-    x = hidden(70).detach()
-    output = mixer(**settings).bfloat16()(x.bfloat16(), context(70))
-    assert output.dtype == torch.bfloat16
-    assert_near(output, ours(x, context(70)), 5e-2)
+    check_low_precision(mixer(**settings))
 
 
 def test_sizes_left_out_are_derived() -> None:
@@ -185,7 +176,7 @@ def test_sizes_left_out_are_derived() -> None:
         ({**GROUPED, **NORM}, "a grouped mamba has no norm"),
         ({**GROUPED, "xb_size": 20}, "xb_size 20 must be a multiple of state_size 8"),
         ({**GROUPED, "xb_size": 32}, "inner_size 48 a multiple of xb_size"),
-        ({"dt_rank": 0}, "dt_rank is 0: give a positive number or `auto`"),
+        ({"dt_rank": 0}, "give `auto` or a whole number from 1 on"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(wrong: dict[str, object], message: str) -> None:
@@ -198,36 +189,30 @@ def test_the_registry_finds_it() -> None:
 
 
 def test_transfer_from_attention() -> None:
-    spec = check_transfer(KIND.transfer_from("attention"), Mamba, HIDDEN, {}).spec
-    assert (spec.projection, spec.inner_size, spec.xb_size, spec.state_size) == ("grouped", 48, 16, 8)
-    source = AttentionSpec(heads=6, kv_heads=2, head_dim=8)
-    made = KIND.transfer_from("attention").plan(source, spec, HIDDEN)
-    taken = {name: start.name for name, start in made.items() if isinstance(start, Reference)}
+    made, plan = check_transfer(KIND.transfer_from("attention"), Mamba)
+    spec = made.spec
+    assert (spec.projection, spec.inner_size, spec.xb_size, spec.state_size) == ("grouped", 60, 20, 10)
+    taken = {name: start.name for name, start in plan.items() if isinstance(start, Reference)}
     assert taken == {f"{own}_proj.weight": f"{name}_proj.weight" for own, name in zip("cbxo", "qkvo", strict=True)}
-    assert made["conv.weight"] == LastTap(0.5)
+    assert plan["conv.weight"] == LastTap(0.5)
 
 
 def test_transfer_repeats_shared_heads_where_the_target_shares_fewer() -> None:
     transfer = KIND.transfer_from("attention")
-    check_transfer(transfer, Mamba, HIDDEN, {"xb_size": 48, "repeat_kv_before_conv": False})
-    source = AttentionSpec(heads=6, kv_heads=2, head_dim=8).resolved(HIDDEN)
+    check_transfer(transfer, Mamba, xb_size=60, repeat_kv_before_conv=False)
+    source = ATTENTION.resolved(HIDDEN)
     with pytest.raises(ValueError, match=r"with 3 heads of x and B.* with 2 kv_heads"):
-        transfer.plan(source, transfer.infer(source, HIDDEN, {"xb_size": 24}), HIDDEN)
+        transfer.plan(source, transfer.infer(source, HIDDEN, {"xb_size": 30}), HIDDEN)
 
 
 def test_transfer_to_a_classic_projection_takes_values_and_output() -> None:
-    transfer = KIND.transfer_from("attention")
-    spec = check_transfer(transfer, Mamba, HIDDEN, {"projection": "classic"}).spec
-    assert (spec.inner_size, spec.state_size, spec.dt_rank) == (48, 16, math.ceil(HIDDEN / 16))
-    made = transfer.plan(AttentionSpec(heads=6, kv_heads=2, head_dim=8), spec, HIDDEN)
-    assert set(made) == {"x_proj.weight", "o_proj.weight", "conv.weight", "conv.bias"}
-    assert isinstance(made["x_proj.weight"], Reshape)
+    made, plan = check_transfer(KIND.transfer_from("attention"), Mamba, projection="classic")
+    spec = made.spec
+    assert (spec.inner_size, spec.state_size, spec.dt_rank) == (60, 16, math.ceil(HIDDEN / 16))
+    assert set(plan) == {"x_proj.weight", "o_proj.weight", "conv.weight", "conv.bias"}
+    assert isinstance(plan["x_proj.weight"], Reshape)
 
 
-@pytest.mark.parametrize("wrong", [{"inner_size": 96}, {"state_size": 4}])
+@pytest.mark.parametrize("wrong", [{"inner_size": 120}, {"state_size": 4}])
 def test_transfer_refuses_other_heads(wrong: dict[str, int]) -> None:
-    transfer = KIND.transfer_from("attention")
-    source = AttentionSpec(heads=6, kv_heads=2, head_dim=8).resolved(HIDDEN)
-    target = transfer.infer(source, HIDDEN, wrong)
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))} {next(iter(wrong.values()))} cannot start from"):
-        transfer.plan(source, target, HIDDEN)
+    check_refusal(KIND.transfer_from("attention"), wrong)

@@ -2,25 +2,28 @@
 
 import pytest
 import torch
-from delta_cases import (
+from contract_cases import (
+    ATTENTION,
     HIDDEN,
+    LENGTHS,
     assert_near,
+    check_agreement,
     check_batch,
     check_continuation,
+    check_declarations,
+    check_low_precision,
     check_packing,
     check_padding,
-    context,
-    hidden,
+    check_refusal,
+    check_transfer,
     randomised,
 )
-from state_space_cases import LENGTHS, check_agreement, check_names, check_transfer, copied
 from torch import nn
 from torch.nn import functional as F
 from transformers import BambaConfig, Mamba2Config
 from transformers.models.bamba.modeling_bamba import BambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from gearshift.mixers.attention import AttentionSpec
 from gearshift.mixers.mamba2 import KIND, Mamba2Spec
 from gearshift.mixers.mamba2.module import Mamba2
 from gearshift.plan import Constant, LastTap, Reference
@@ -101,7 +104,7 @@ def test_transformers_layer(tokens: int, family: object, settings: dict[str, obj
     # Releases differ in whether the norm's groups are those of B and C or one.
     channels = spec.heads * spec.head_dim
     ours = mixer(**settings, norm_groups=channels // getattr(theirs.norm, "group_size", channels))
-    check_agreement(ours, copied(ours, theirs, NAMES), NAMES, tokens)
+    check_agreement(ours, theirs, NAMES, tokens)
 
 
 @pytest.mark.parametrize("norm_groups", [1, 4])
@@ -135,15 +138,11 @@ def test_batch_rows_are_separate() -> None:
 
 
 def test_declarations_are_complete() -> None:
-    check_names([mixer(conv_bias=False), mixer(**BIASED)])
+    check_declarations(mixer(conv_bias=False), mixer(**BIASED))
 
 
 def test_low_precision_stays_in_its_dtype() -> None:
-    ours = mixer()
-    x = hidden(70).detach()
-    output = mixer().bfloat16()(x.bfloat16(), context(70))
-    assert output.dtype == torch.bfloat16
-    assert_near(output, ours(x, context(70)), 5e-2)
+    check_low_precision(mixer())
 
 
 def test_sizes_left_out_are_derived() -> None:
@@ -167,20 +166,15 @@ def test_the_registry_finds_it() -> None:
 
 def test_transfer_from_attention() -> None:
     transfer = KIND.transfer_from("attention")
-    spec = check_transfer(transfer, Mamba2, HIDDEN, {"conv_kernel": 3}).spec
-    assert (spec.heads, spec.groups, spec.head_dim, spec.state_size, spec.conv_kernel) == (6, 6, 8, 8, 3)
-    source = AttentionSpec(heads=6, kv_heads=6, head_dim=8)
-    made = transfer.plan(source, spec, HIDDEN)
-    taken = {name: start.name for name, start in made.items() if isinstance(start, Reference)}
+    spec = check_transfer(transfer, Mamba2, conv_kernel=3)[0].spec
+    assert (spec.heads, spec.groups, spec.head_dim, spec.state_size, spec.conv_kernel) == (6, 6, 10, 10, 3)
+    _, plan = check_transfer(transfer, Mamba2, ATTENTION.model_copy(update={"kv_heads": 6}))
+    taken = {name: start.name for name, start in plan.items() if isinstance(start, Reference)}
     assert taken == {f"{own}_proj.weight": f"{name}_proj.weight" for own, name in zip("cbxo", "qkvo", strict=True)}
-    assert made["x_conv.weight"] == LastTap(0.5)
-    assert made["x_conv.bias"] == Constant(0.0)
+    assert plan["x_conv.weight"] == LastTap(0.5)
+    assert plan["x_conv.bias"] == Constant(0.0)
 
 
-@pytest.mark.parametrize("wrong", [{"heads": 12}, {"groups": 2}, {"head_dim": 10}, {"state_size": 4}])
+@pytest.mark.parametrize("wrong", [{"heads": 12}, {"groups": 2}, {"head_dim": 8}, {"state_size": 4}])
 def test_transfer_refuses_other_heads(wrong: dict[str, int]) -> None:
-    transfer = KIND.transfer_from("attention")
-    source = AttentionSpec(heads=6, kv_heads=2, head_dim=8).resolved(HIDDEN)
-    target = transfer.infer(source, HIDDEN, wrong)
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))} {next(iter(wrong.values()))} cannot start from"):
-        transfer.plan(source, target, HIDDEN)
+    check_refusal(KIND.transfer_from("attention"), wrong)

@@ -4,24 +4,24 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from delta_cases import (
+from contract_cases import (
     HIDDEN,
-    assert_near,
+    check_agreement,
     check_batch,
+    check_continuation,
+    check_declarations,
+    check_low_precision,
     check_packing,
     check_padding,
-    context,
-    gradients,
     hidden,
     randomised,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import DeepseekV3Config, KimiLinearConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearAttention
 
 from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec
-from gearshift.mixers.base import MixerState
 from gearshift.mixers.multi_head_latent_attention import MultiHeadLatentAttentionSpec
 from gearshift.mixers.multi_head_latent_attention.module import MultiHeadLatentAttention
 from gearshift.spec import MIXERS
@@ -52,25 +52,17 @@ def mixer(**settings: object) -> MultiHeadLatentAttention:
     return randomised(MultiHeadLatentAttention(spec, HIDDEN))
 
 
-def own_name(theirs: str) -> str:
-    module, _, rest = theirs.partition(".")
-    return f"{NAMES.get(module, module)}.{rest}"
+def check_layer(ours: MultiHeadLatentAttention, theirs: nn.Module, tokens: int, **more: object) -> None:
+    """Agreement with a layer of transformers', which is called with `more` beside the hidden states."""
 
+    def run(layer: nn.Module, x: Tensor) -> Tensor:
+        return layer(hidden_states=x, attention_mask=None, **more)[0]
 
-def copied(theirs: nn.Module, ours: MultiHeadLatentAttention) -> nn.Module:
-    theirs.load_state_dict({name: ours.state_dict()[own_name(name)] for name in theirs.state_dict()})
-    assert {own_name(name) for name in theirs.state_dict()} == set(ours.state_dict())
-    return theirs
-
-
-def check_agreement(ours: MultiHeadLatentAttention, theirs: nn.Module, tokens: int, **more: object) -> None:
-    copied(theirs, ours)
-    x = hidden(tokens, batch=2)
-    here, there = ours(x, context(tokens, batch=2)), theirs(hidden_states=x, attention_mask=None, **more)[0]
-    assert_near(here, there, 1e-5, "output")
-    own = gradients(here, {"hidden": x, **dict(ours.named_parameters())})
-    for name, expected in gradients(there, {"hidden": x, **dict(theirs.named_parameters())}).items():
-        assert_near(own[name if name == "hidden" else own_name(name)], expected, 1e-5, name)
+    names = {}
+    for name, _ in theirs.named_parameters():
+        module, _, kind = name.partition(".")
+        names[name] = [f"{NAMES.get(module, module)}.{kind}"]
+    check_agreement(ours, theirs, names, tokens, 1e-5, run)
 
 
 @pytest.mark.parametrize("rank", [None, 18], ids=["plain queries", "latent queries"])
@@ -79,7 +71,7 @@ def check_agreement(ours: MultiHeadLatentAttention, theirs: nn.Module, tokens: i
 def test_kimi_linear(tokens: int, bias: bool, rank: int | None) -> None:
     config = KimiLinearConfig(**KEYS, q_lora_rank=rank, attention_bias=bias, attn_implementation="sdpa")
     theirs = KimiLinearAttention(config, layer_idx=0)
-    check_agreement(mixer(rotary=None, q_lora_rank=rank, bias=bias), theirs, tokens)
+    check_layer(mixer(rotary=None, q_lora_rank=rank, bias=bias), theirs, tokens)
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
@@ -99,20 +91,13 @@ def test_deepseek_v3(rotary: Mapping[str, object], interleaved: bool) -> None:
     x = hidden(tokens, batch=2)
     tables = DeepseekV3RotaryEmbedding(config)(x, torch.arange(tokens)[None])
     ours = mixer(q_lora_rank=18, rotary=rotary, interleaved=interleaved)
-    check_agreement(ours, DeepseekV3Attention(config, layer_idx=0), tokens, position_embeddings=tables)
+    check_layer(ours, DeepseekV3Attention(config, layer_idx=0), tokens, position_embeddings=tables)
 
 
 @pytest.mark.parametrize("rotary", [None, {"theta": 500.0}], ids=["no positions", "rope"])
 def test_cached_decoding_equals_recomputation(rotary: Mapping[str, object] | None) -> None:
     ours, tokens, batch = mixer(rotary=rotary), 40, 2
-    x = hidden(tokens, batch)
-    state, parts, past = MixerState(ours.spec.state()), [], 0
-    with torch.no_grad():
-        whole = ours(x, context(tokens, batch=batch))
-        for length in (2, 1, 1, 17, 1, 18):
-            parts.append(ours(x[:, past : past + length], context(length, past, batch), state))
-            past += length
-    assert_near(torch.cat(parts, 1), whole, 1e-5)
+    state = check_continuation(ours, tokens, batch)
     assert {name: tuple(kept.shape) for name, kept in state.tensors.items()} == {
         "latent": (batch, tokens, 20),
         "rope_key": (batch, tokens, 6),
@@ -139,19 +124,11 @@ def test_batch_rows_are_separate() -> None:
 
 
 def test_low_precision_stays_in_its_dtype() -> None:
-    x = hidden(40).detach()
-    output = mixer().bfloat16()(x.bfloat16(), context(40))
-    assert output.dtype == torch.bfloat16
-    assert_near(output, mixer()(x, context(40)), 5e-2)
+    check_low_precision(mixer())
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rank", [None, 18])
-def test_declarations_are_complete(rank: int | None, bias: bool) -> None:
-    ours = mixer(q_lora_rank=rank, bias=bias)
-    names = set(dict(ours.named_parameters()))
-    assert set(ours.initialisers(ours.spec, HIDDEN)) == names
-    assert names <= set(ours.sharding)
+def test_declarations_are_complete() -> None:
+    check_declarations(*(mixer(q_lora_rank=rank, bias=bias) for rank in (None, 18) for bias in (False, True)))
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from delta_cases import assert_near, context, packed
+from contract_cases import assert_near, check_recurrence, context, packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,12 +32,7 @@ def inputs(tokens: int, step: float = 0.2, groups: int = 2, seed: int = 0) -> li
 
 def check(made: list[Tensor], tolerance: float = 1e-5, **chunks: int) -> None:
     expected, actual = recurrent_selective_scan(*made), chunked_selective_scan(*made, **chunks)
-    for what, a, e in zip(("output", "state"), actual, expected, strict=True):
-        assert_near(a, e, tolerance, what)
-    wanted = torch.autograd.grad(sum(x.square().sum() for x in expected), made)
-    found = torch.autograd.grad(sum(x.square().sum() for x in actual), made)
-    for name, a, e in zip(NAMES, found, wanted, strict=True):
-        assert_near(a, e, tolerance, name)
+    check_recurrence(actual, expected, dict(zip(NAMES, made, strict=True)), tolerance)
 
 
 @pytest.mark.parametrize("chunk_size", [8, 32])

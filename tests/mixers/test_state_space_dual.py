@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from delta_cases import assert_near, context, gradients, packed
+from contract_cases import assert_near, check_recurrence, context, gradients, packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -40,12 +40,7 @@ def quadratic(query: Tensor, key: Tensor, value: Tensor, decay: Tensor) -> Tenso
 
 def check(made: list[Tensor], tolerance: float = 1e-5, **chunks: int) -> None:
     expected, actual = recurrent_state_space_dual(*made), chunked_state_space_dual(*made, **chunks)
-    for what, a, e in zip(("output", "state"), actual, expected, strict=True):
-        assert_near(a, e, tolerance, what)
-    wanted = torch.autograd.grad(sum(x.square().sum() for x in expected), made)
-    found = torch.autograd.grad(sum(x.square().sum() for x in actual), made)
-    for name, a, e in zip(NAMES, found, wanted, strict=True):
-        assert_near(a, e, tolerance, name)
+    check_recurrence(actual, expected, dict(zip(NAMES, made, strict=True)), tolerance)
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 200])

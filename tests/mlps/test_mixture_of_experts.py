@@ -1,6 +1,7 @@
 """The mixture of experts against transformers' sparse blocks on the same weights."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -89,6 +90,13 @@ def mixture(settings: Mapping[str, object], seed: int = 0) -> MixtureOfExperts:
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data = 0.3 * noise if name == "router.correction_bias" else 1.5 * noise / parameter.shape[-1] ** 0.5
     return module
+
+
+def spec_with(settings: Mapping[str, object]) -> ModelSpec:
+    """A small model with mixtures of experts."""
+    block = {"mixer": {"type": "attention", "heads": 4}, "mlp": {"type": "mixture_of_experts", **settings}}
+    decoder = {"num_layers": 2, "pattern": ["block"], "blocks": {"block": block}}
+    return ModelSpec.model_validate({"vocab_size": 31, "hidden_size": HIDDEN, "max_positions": 64, "decoder": decoder})
 
 
 def own_name(theirs: str) -> str:
@@ -186,6 +194,20 @@ def test_tokens_are_independent_whatever_their_arrangement() -> None:
     assert_near(module(x[1, 2, 3]), whole[1, 2, 3], "alone")
 
 
+def test_the_correction_bias_keeps_float32_whatever_the_model_is_loaded_in(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GearshiftForCausalLM(GearshiftConfig(spec_with(DEEPSEEK)))
+    bias = {name: parameter for name, parameter in model.named_parameters() if name.endswith("correction_bias")}
+    for parameter in bias.values():
+        parameter.data.normal_()
+    model.save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, torch.float16):
+        loaded = dict(GearshiftForCausalLM.from_pretrained(tmp_path, dtype=dtype).named_parameters())
+        assert bias
+        assert all(torch.equal(loaded[name], parameter) for name, parameter in bias.items())
+        assert {parameter.dtype for name, parameter in loaded.items() if name not in bias} == {dtype}
+
+
 def test_low_precision_stays_in_its_dtype() -> None:
     low, high = mixture(SIZES).bfloat16(), mixture(SIZES)
     high.load_state_dict(low.state_dict())
@@ -231,9 +253,7 @@ def test_settings_that_do_not_fit_are_named(change: dict[str, object], message: 
 def test_a_model_of_it(settings: dict[str, object]) -> None:
     """Every tensor has a starting distribution, and every parameter but the correction bias learns."""
     assert MLPS["mixture_of_experts"].load() is MixtureOfExperts
-    block = {"mixer": {"type": "attention", "heads": 4}, "mlp": {"type": "mixture_of_experts", **settings}}
-    decoder = {"num_layers": 2, "pattern": ["block"], "blocks": {"block": block}}
-    spec = ModelSpec.model_validate({"vocab_size": 31, "hidden_size": HIDDEN, "max_positions": 64, "decoder": decoder})
+    spec = spec_with(settings)
     assert ModelSpec.model_validate_json(spec.model_dump_json()) == spec
     assert set(initial(spec)) == set(schema(spec, "float32"))
     torch.manual_seed(0)

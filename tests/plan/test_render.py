@@ -67,12 +67,46 @@ def test_equal_layers_collapse():
         "13 tensors, 512 bytes → 49 tensors, 2.1 kB",
         "├── embed.weight  [8, 4] float32 ← embed.weight",
         "└── blocks",
-        "    ├── 0-4,6-11",
-        "    │   ├── mixer.k.weight  [4, 4] float32 ← repeat(model.layers.*.k.weight, dim 0, x2)",
-        "    │   └── experts.0-2  [2, 4] float32 ← model.layers.*.k.weight",
-        "    └── 5",
-        "        ├── mixer.k.weight  [6, 4] float32 ← repeat(model.layers.5.k.weight, dim 0, x3)",
-        "        └── experts.0-2  [2, 4] float32 ← model.layers.5.k.weight",
+        "    ├── 0-4,6-11.mixer.k.weight  [4, 4] float32 ← repeat(model.layers.*.k.weight, dim 0, x2)",
+        "    ├── 0-11.experts.0-2  [2, 4] float32 ← model.layers.*.k.weight",
+        "    └── 5.mixer.k.weight  [6, 4] float32 ← repeat(model.layers.5.k.weight, dim 0, x3)",
+    ]
+
+
+def test_equal_names_collapse():
+    shapes = {"q": (4, 4), "k": (2, 4), "v": (2, 4), "o": (4, 4)}
+    source = {f"{name}.weight": Info(shape, "float32") for name, shape in shapes.items()}
+    expressions = {f"{mixer}.{name}.weight": Reference(f"{name}.weight") for mixer in "ab" for name in "qkvo"}
+    expressions["b.v.weight"] = Reference("k.weight")
+    assert printed(source, expressions).splitlines()[1:] == [
+        "├── {a, b}",
+        "│   ├── {q, o}.weight  [4, 4] float32 ← *.weight",
+        "│   └── k.weight  [2, 4] float32 ← k.weight",
+        "├── a.v.weight  [2, 4] float32 ← v.weight",
+        "└── b.v.weight  [2, 4] float32 ← k.weight",
+    ]
+
+
+def test_a_part_that_differs_leaves_the_rest_together():
+    names = ("mixers.gdn.q.weight", "mixers.gdn.A", "mixers.kda.q.weight", "mixers.kda.b", "mlp.up.weight")
+    source = {f"{layer}.{name}": Info((2,), "float32") for layer in range(4) for name in names}
+    expressions = {f"layers.{name}": Reference(name) for name in source}
+    expressions |= {
+        f"layers.{layer}.mixers.kda.b": Cast(Reference(f"{layer}.mixers.kda.b"), "bfloat16") for layer in (1, 3)
+    }
+    assert printed(source, expressions).splitlines()[1:] == [
+        "└── layers",
+        "    ├── 0-3",
+        "    │   ├── mixers.gdn",
+        "    │   │   ├── q.weight  [2] float32 ← *.mixers.gdn.q.weight",
+        "    │   │   └── A  [2] float32 ← *.mixers.gdn.A",
+        "    │   └── mlp.up.weight  [2] float32 ← *.mlp.up.weight",
+        "    ├── 0,2.mixers.kda",
+        "    │   ├── q.weight  [2] float32 ← *.mixers.kda.q.weight",
+        "    │   └── b  [2] float32 ← *.mixers.kda.b",
+        "    └── 1,3.mixers.kda",
+        "        ├── q.weight  [2] float32 ← *.mixers.kda.q.weight",
+        "        └── b  [2] bfloat16 ← cast(*.mixers.kda.b, bfloat16)",
     ]
 
 

@@ -194,3 +194,13 @@ def test_bad_input_is_refused_before_anything_runs(model, cost) -> None:
     plain["decoder"]["blocks"]["block"]["mixer"] = ATTENTION
     fixed = GearshiftForCausalLM(GearshiftConfig(ModelSpec.model_validate(plain)))
     refused("there is nothing to search: every layer of this model has one mixer only", chosen=fixed)
+
+
+def test_a_length_beyond_the_model_is_refused_where_somebody_asked_for_it() -> None:
+    spec = supernet_spec()
+    assert SearchSettings().length > spec.max_positions
+    assert SearchSettings().length_for(spec) == spec.max_positions
+    assert SearchSettings(length=7).length_for(spec) == 7
+    beyond = SearchSettings(length=spec.max_positions + 1)
+    with pytest.raises(ValueError, match=f"length is {spec.max_positions + 1}, but .* {spec.max_positions} positions"):
+        beyond.length_for(spec)

@@ -184,3 +184,14 @@ def test_an_unknown_activation_is_refused_before_anything_is_made() -> None:
     for mixer in ({"type": "mamba", "activation": "swishh"}, {"type": "gated_delta_net", "activation": "swishh"}):
         with pytest.raises(ValueError, match="unknown activation 'swishh'"):
             operated(before, WRAP, {"add": {"name": "new", "mixer": mixer}})
+
+
+@pytest.mark.parametrize("init", ["transfer", "random"])
+@pytest.mark.parametrize("kind", ["gated_delta_net", "kimi_delta_attention", "mamba2"])
+def test_a_new_mixers_norm_has_the_epsilon_of_its_block(kind: str, init: str) -> None:
+    block = {"mixer": ATTENTION, "mlp": MLP, "norm": {"epsilon": 3e-4}}
+    before = started(plain(blocks={"block": block}))
+    given = operated(before, {"replace": {"mixer": {"type": kind, "norm_epsilon": 2e-3}, "init": init}})
+    assert given.spec.decoder.blocks["block"].mixer.norm_epsilon == 2e-3
+    add = {"add": {"name": "new", "mixer": {"type": kind}, "init": init}}
+    assert operated(before, WRAP, add).spec.decoder.blocks["block"].mixers["new"].norm_epsilon == 3e-4

@@ -18,6 +18,7 @@ from gearshift.train import (
     TrainingDivergedError,
     UniformSampling,
     distil,
+    step_progress,
 )
 from tests.models import ATTENTION, supernet, tokens
 
@@ -68,6 +69,15 @@ def test_both_stages_learn_and_the_main_placement_stays_what_it_was() -> None:
     assert all(record.terms.keys() == dict(ALL_LOSSES).keys() for record in stochastic if record.loss is not None)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert not model.training
+
+
+def test_progress_moves_by_steps_over_all_stages_and_catches_up_at_first() -> None:
+    moves: list[float] = []
+    records = train(supernet(layers=2), LayerwiseStage(steps=2), StochasticStage(steps=2))
+    watch = step_progress(moves.append)
+    for record in records[2:]:  # what a run resumed after the calibration and one step would say
+        watch(record)
+    assert moves == [2, 1, 1]
 
 
 def test_the_stochastic_loss_falls_on_one_placement() -> None:

@@ -31,6 +31,11 @@ class Format(ABC):
     """Files that a folder of this format needs to be loaded, by name. Most need none."""
 
     @property
+    def model_types(self) -> tuple[str, ...]:
+        """Every `model_type` that it reads."""
+        return () if self.model_type is None else (self.model_type,)
+
+    @property
     def in_transformers(self) -> bool:
         """Whether transformers has the family's classes, so that no code of a checkpoint's is needed to run it."""
         return False

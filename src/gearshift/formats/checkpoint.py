@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,6 +129,8 @@ def _open_folder(folder: Path, name: str, allow_pickle: bool, file: Path | None 
         native = format.to_native(raw)
     except ValueError as error:
         raise ValueError(f"{config}: {error}{_newer(raw)}") from None
+    if format.in_transformers:
+        _warn_of_next(config, raw)
     tensors = open_weights(folder, file, allow_pickle)
     if not any(raw.get(key) for key in _DTYPE_KEYS):
         native = replace(native, dtype=prevailing_dtype(tensors.schema))
@@ -207,15 +210,32 @@ def _check_layers(config: Path, raw: Mapping[str, Any]) -> None:
 
 def _newer(raw: Mapping[str, Any]) -> str:
     """What to add to an error about a config that a newer transformers wrote than is installed."""
-    import transformers
-
-    try:
-        written, installed = Version(str(raw.get("transformers_version"))), Version(transformers.__version__)
-    except InvalidVersion:
-        return ""
+    written, installed = _versions(raw)
     if written <= installed:
         return ""
     return f" (transformers {written} wrote this config, a newer version than {installed}, which is installed: update)"
+
+
+def _warn_of_next(config: Path, raw: Mapping[str, Any]) -> None:
+    """Warn of a config that a transformers of the next generation wrote: there, keys may mean something else."""
+    written, installed = _versions(raw)
+    if written.major > installed.major:
+        warnings.warn(
+            f"{config}: transformers {written} wrote this config, and it is read as {installed} would: "
+            "compare what the model computes before you rely on it",
+            stacklevel=2,
+        )
+
+
+def _versions(raw: Mapping[str, Any]) -> tuple[Version, Version]:
+    """The transformers that wrote a config, the one installed if it does not say, and the one installed."""
+    import transformers
+
+    installed = Version(transformers.__version__)
+    try:
+        return Version(str(raw.get("transformers_version"))), installed
+    except InvalidVersion:
+        return installed, installed
 
 
 def _first_line(error: Exception) -> str:

@@ -1,11 +1,12 @@
 """The fates that families of transformers have in common."""
 
-from gearshift.formats.fates import Carried, Constant, Fate, Fixed, WeightDtype, implied, mapped, optional
+from gearshift.formats.fates import Carried, Constant, Fate, Fixed, Mapped, WeightDtype, implied, mapped, optional
 from gearshift.formats.layers import BlockKind, LayerTypes
 from gearshift.formats.tensors import Experts, Junk, Template, Weight
 
 ROTARY_NESTED = {"rope_parameters": "transformers.modeling_rope_utils:RopeParameters"}
 ALIASES = {
+    "original_max_position_embeddings": "rope_parameters.original_max_position_embeddings",
     "rope_scaling": "rope_parameters",
     "rope_theta": "rope_parameters.rope_theta",
     "torch_dtype": "dtype",
@@ -137,10 +138,13 @@ WINDOWS: tuple[Fate, ...] = (
 LAYER_TYPES = LayerTypes("layer_types", {kind: (kind,) for kind in WINDOWED_BLOCKS})
 """The key that says which layers have the window."""
 
+ATTENTION_DROPOUT = Mapped("attention_dropout", ("layer.mixer.dropout",), null=0.0, spelled=True)
+"""What attention drops in training."""
+
 HEADS: tuple[Fate, ...] = (
     mapped("num_attention_heads", "layer.mixer.heads"),
     mapped("num_key_value_heads", "layer.mixer.kv_heads"),
-    Constant("attention_dropout", 0.0, same=(None,)),
+    ATTENTION_DROPOUT,
 )
 """Grouped heads of attention."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from gearshift.formats.base import Format, InexpressibleError
 from gearshift.formats.dialect import Dialect
-from gearshift.formats.fates import RUNTIME_ONLY, Fate, Mapped
+from gearshift.formats.fates import RUNTIME_ONLY, Carried, Fate, Mapped
 from gearshift.formats.layers import BlockKind, LayerFate
 from gearshift.formats.leaves import difference, set_at
 from gearshift.formats.native import NativeConfig
@@ -69,6 +69,12 @@ class FamilyFormat(Format):
             self.ignored,
             self.own_defaults,
         )
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        # A family that has several names for itself carries the key.
+        others = [value for fate in self._table.of(Carried) if fate.key == "model_type" for value in fate.known]
+        return tuple(dict.fromkeys((*super().model_types, *others)))
 
     @property
     def in_transformers(self) -> bool:

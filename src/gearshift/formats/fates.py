@@ -33,6 +33,8 @@ class Mapped:
     """Whether the family has a whole number where the leaf is a float; one with a fraction is written as it is."""
     words: Mapping[Any, Any] | None = None
     """The family's words for values of ours: theirs -> ours, the first being written. There are no others."""
+    null: Any = None
+    """What null means."""
     spelled: bool = False
     """Whether a value that says the same as ours (`auto`, null) is written as it came, where it still does."""
 
@@ -51,6 +53,8 @@ class Mapped:
 
     def ours(self, value: Any) -> Any:
         """Our value for the family's. ValueError if it has no such word."""
+        if value is None:
+            value = self.null
         for word, meaning in (self.words or {}).items():
             if word == value:
                 return meaning
@@ -165,6 +169,11 @@ class Fixed:
 
 
 Fate = Mapped | Translated | Nullable | Constant | Derived | Carried | WeightDtype | Fixed
+
+
+def takes_any(fate: object) -> bool:
+    """Whether a key with this fate may have other values than those that are listed with it."""
+    return not (isinstance(fate, Constant) or (isinstance(fate, Carried) and fate.known))
 
 
 RUNTIME_ONLY = frozenset(

@@ -3,9 +3,12 @@
 A path into a block has no prefix here (`mixer.heads`, `norm.epsilon`); fates put the kind of block before it.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
 
 from gearshift.formats.layers import BlockKind
 from gearshift.spec import MIXERS, MLPS, BlockSpec, DecoderSpec, ModelSpec, Spec
@@ -65,6 +68,16 @@ def set_at(tree: dict[str, Any], path: str, value: Any) -> None:
     for name in above:
         tree = tree.setdefault(name, {})
     tree[last] = value
+
+
+def as_written(value: Any) -> str:
+    """A value as a person would write it: of a part with settings of its own, those that are not at their defaults."""
+    if isinstance(value, tuple) and any(isinstance(item, Spec) for item in value):
+        return f"[{', '.join(map(as_written, value))}]"
+    if not isinstance(value, Spec):
+        return repr(value)
+    settings = value.model_dump(mode="json", exclude_defaults=True)
+    return yaml.safe_dump(settings, default_flow_style=True, sort_keys=False, width=math.inf).strip()
 
 
 def difference(one: Any, other: Any, path: str = "") -> str | None:

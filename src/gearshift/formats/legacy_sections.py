@@ -112,6 +112,7 @@ ATTENTION = Section(
         ),
         Fixed("qk_norm", None),
         Fixed("qk_norm_across_heads", False),
+        Fixed("dropout", 0.0),
         Fixed("scale_dim", None),
         Constant("attention_softmax_scale_power", 0.5),
         Constant("max_window_layers", None, why="give the layers with a window a block of their own"),
@@ -350,7 +351,7 @@ DECODER = Section(
     (
         mapped("num_layers", "num_layers"),
         mapped("block_pattern", "pattern"),
-        Named("blocks", "blocks", {"": BLOCK}, by=None, wanted=used_blocks("block_pattern", "num_layers")),
+        Named("blocks", "blocks", {"": BLOCK}, by=None, wanted=used_blocks("block_pattern", "num_layers", "blocks")),
     ),
     {"hybrid_block_layout": "block_pattern", "pattern": "block_pattern"},
 )

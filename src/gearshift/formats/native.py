@@ -112,10 +112,27 @@ def parse_spec(raw: Any) -> ModelSpec:
 
     if is_legacy(raw):
         return read_legacy(raw)
+    if place := _nested_decoder(raw):
+        raise ValueError(
+            f"'decoder' lies under {place!r}: vocab_size, hidden_size, decoder and all else that describes the model "
+            "belong at the top of a spec, under no other key"
+        )
     try:
         return ModelSpec.model_validate(raw)
     except ValidationError as error:
         raise ValueError(f"spec{sentence(error)}") from None
+
+
+def _nested_decoder(raw: Any) -> str:
+    """The keys above the decoder of a spec that lies deeper than it should; empty if it does not."""
+    if not isinstance(raw, Mapping) or "decoder" in raw:
+        return ""
+    for key, inner in raw.items():
+        if isinstance(inner, Mapping) and "decoder" in inner:
+            return str(key)
+        if below := _nested_decoder(inner):
+            return f"{key}.{below}"
+    return ""
 
 
 def sentence(error: ValidationError) -> str:

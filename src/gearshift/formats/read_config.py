@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from gearshift.formats.fates import (
     Nullable,
     Translated,
     WeightDtype,
+    takes_any,
 )
 from gearshift.formats.layers import kinds_of
 from gearshift.formats.leaves import flatten, set_at, value_at
@@ -36,6 +38,8 @@ INFINITY = {"__float__": "Infinity"}
 """How transformers writes infinity."""
 LEGACY_NESTED = frozenset({"type"})
 """Keys within mappings that transformers' config classes translate."""
+_WRONG_TYPE = re.compile(r"Field '([^']+)' (expected .*)")
+"""What those classes say of a value of another type than a key's."""
 
 Trees = Mapping[str | None, dict[str, Any]]
 """What is known of the model (under None) and of each kind of block, as nested dictionaries."""
@@ -54,6 +58,7 @@ class Reader(NamedTuple):
         table = self.table
         self._check_known(raw)
         given = self._resolve(raw)
+        self._check_moved(raw, given)
         values = self.dialect.read(given)
         for constant in table.of(Constant):
             check_constant(values.get(constant.key, constant.value), constant)
@@ -78,13 +83,25 @@ class Reader(NamedTuple):
         table, aliases = self.table, self.aliases
         nested = {*table.nested, *(alias for alias, key in aliases.items() if key in table.nested)}
         known = [*table.keys, *aliases, *nested, "model_type"]
+        closed = {fate.key for fate in table.fates if not isinstance(fate, Fixed) and not takes_any(fate)}
+        likely = [name for name in known if aliases.get(name, name) not in closed]
         for key in flatten(raw, frozenset(nested)):
             outer, _, inner = key.rpartition(".")
             inside = outer in nested
             name = f"{aliases.get(outer, outer)}.{inner}" if inside else key
             legacy = inside and inner in LEGACY_NESTED
             if name not in known and not legacy and not table.ignored(key):
-                raise ValueError(f"unknown key {key!r}: {hint(key, known)}")
+                raise ValueError(f"unknown key {key!r}: {hint(key, likely)}")
+
+    def _check_moved(self, raw: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+        """ValueError for a key of an older layout that the family's own class had no use for."""
+        for alias, key in self.aliases.items():
+            inner = key.rpartition(".")[2]
+            there = [value for name, value in given.items() if name.endswith(f".{inner}")]
+            moved = "." in key and key not in self.table.nested
+            if moved and raw.get(alias) is not None and raw[alias] not in there:
+                said = f"{key!r} is {given[key]!r}" if key in given else f"nothing here has a {inner!r}"
+                raise ValueError(f"{alias!r} is {raw[alias]!r}, but {said}: remove the one that is wrong")
 
     def _resolve(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """Every key's value as the family's own class understands it: defaults filled in, older layouts translated."""
@@ -94,9 +111,13 @@ class Reader(NamedTuple):
             return flatten(raw, nested)
         mine = self.dialect.for_class({key: raw[key] for key in raw if not table.ignored(key)})
         try:
+            # JSON does not tell whole floats from whole numbers; the classes do.
+            mine = {key: _as_float(value) if key in table.floats else value for key, value in mine.items()}
             config = table.family_class(**copy.deepcopy(_untagged({**table.own_defaults, **mine})))
+            if getattr(config, "rope_parameters", None):
+                config.standardize_rope_params()  # as the family's model does: it looks at keys beside them once more
         except Exception as error:  # the class checks values with whatever its code runs into
-            raise ValueError(f"{table.family_class.__name__} does not accept it: {_flat(error)}") from None
+            raise ValueError(_refused(table.family_class.__name__, error)) from None
         # What is carried is kept as it was written: the class adds to some of it.
         flat = flatten(raw, nested)
         carried = {fate.key: flat.get(fate.key, table.defaults.get(fate.key)) for fate in table.of(Carried)}
@@ -242,7 +263,13 @@ def _check_known_value(value: Any, fate: Carried) -> None:
         raise ValueError(f"{fate.key!r} is {value!r}, and only {fate.known[0]!r} is supported{shown}")
 
 
-def _flat(error: Exception) -> str:
-    """An error of a config class as one line."""
+def _as_float(value: Any) -> Any:
+    return float(value) if type(value) is int else value
+
+
+def _refused(name: str, error: Exception) -> str:
+    """An error of the config class `name` as one line."""
     text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(str(text).split())
+    line = " ".join(str(text).split())
+    wrong = _WRONG_TYPE.search(line)
+    return f"{wrong[1]!r}: {name} {wrong[2]}" if wrong else f"{name} does not accept it: {line}"

@@ -178,8 +178,8 @@ def _flat(section: Section, raw: Mapping[str, Any], where: str) -> dict[str, Any
     flat: dict[str, Any] = {}
     for key, value in flatten(own, section.nested).items():
         if key not in known and not (value is None and key in section.nested):
-            others = [name for guest in guests for name in (*guest.keys, *guest.aliases)]
-            raise PlacedError(f"unknown key {_below(where, str(key))!r}: {hint(str(key), [*known, *others])}")
+            likely = [name for one in (section, *guests) for name in one.suggestions]
+            raise PlacedError(f"unknown key {_below(where, str(key))!r}: {hint(str(key), likely)}")
         name = section.aliases.get(key, key)
         if value is not None and name in flat and flat[name] != value:
             raise PlacedError(f"{_below(where, key)!r} is {value!r}, but it is said to be {flat[name]!r} elsewhere")

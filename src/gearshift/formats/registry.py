@@ -50,9 +50,9 @@ class FormatRegistry(Mapping[str, Format]):
         """The format of a `config.json` with this `model_type`. ValueError if no format reads it."""
         # Most folders are named as their model type: then only the one that is needed is imported.
         for name in sorted(self, key=lambda name: name != model_type):
-            if (found := self[name]).model_type is not None and found.model_type == model_type:
+            if model_type in (found := self[name]).model_types:
                 return found
-        known = [found.model_type for found in self.values() if found.model_type is not None]
+        known = [known for found in self.values() for known in found.model_types]
         raise ValueError(f"no format reads the model type {model_type!r}: {_hint(str(model_type), known)}")
 
 

@@ -27,6 +27,8 @@ DTYPES = {
 
 _MAX_HEADER = 100_000_000
 """Bytes: the library's own limit."""
+_PICKLES = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
+"""How what `torch.save` writes begins: a zip archive, before PyTorch 1.6 a pickle."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ def read_header(path: Path) -> tuple[dict[str, Stored], bytes]:
     with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
+        if length > size - 8 and prefix.startswith(_PICKLES):
+            raise ValueError(
+                f"{path} is a pickle, whatever its name says: save the model with safetensors (model.save_pretrained), "
+                "or give the file a name that ends in .bin and convert it with --allow-pickle, which loads weights only"
+            )
         if len(prefix) < 8 or length > size - 8:
             raise ValueError(f"{path} is cut short or no safetensors file: its {size} bytes do not hold its header")
         if length > _MAX_HEADER:

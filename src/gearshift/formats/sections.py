@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Any
 
-from gearshift.formats.fates import REQUIRED, Carried, Constant, Fixed, Mapped, WeightDtype
+from gearshift.formats.fates import REQUIRED, Carried, Constant, Fixed, Mapped, WeightDtype, takes_any
 from gearshift.formats.leaves import leaves_below
 from gearshift.formats.table import once
 from gearshift.spec import Spec
@@ -29,13 +29,17 @@ def whole(values: Values, key: str, most: int = 2**31) -> int:
     return value
 
 
-def used_blocks(pattern: str, layers: str) -> Callable[[Values], set[str]]:
-    """Which blocks some layer has, by the keys that hold the pattern and the number of layers."""
+def used_blocks(pattern: str, layers: str, blocks: str) -> Callable[[Values], set[str]]:
+    """Which blocks some layer has, by the keys that hold the pattern, the number of layers and all blocks."""
 
     def used(values: Values) -> set[str]:
         names = values[pattern]
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{pattern!r} must list names of blocks, not {names!r}")
+        known = values[blocks]
+        if isinstance(known, Mapping) and (strange := [name for name in names if name not in known]):
+            there = ", ".join(map(str, known))
+            raise ValueError(f"{pattern!r} names a block {strange[0]!r}, but the blocks are {there}")
         return set(islice(cycle(names), whole(values, layers, MOST_LAYERS)))
 
     return used
@@ -124,6 +128,12 @@ class Section:
     def keys(self) -> list[str]:
         """Every key that has a fate."""
         return [key for fate in self.fates if (key := key_of(fate))]
+
+    @property
+    def suggestions(self) -> list[str]:
+        """The keys and the aliases that a person may have meant: those that may have any value."""
+        open_keys = [key for fate in self.fates if (key := key_of(fate)) and takes_any(fate)]
+        return open_keys + [alias for alias, key in self.aliases.items() if key in open_keys]
 
     @property
     def type(self) -> Any:

@@ -115,6 +115,12 @@ class FateTable:
         known = {} if self.family_class is None else {key.name: key.default for key in fields(self.family_class)}
         return {**known, **self.own_defaults}
 
+    @cached_property
+    def floats(self) -> frozenset[str]:
+        """The keys that the family's class takes floats for."""
+        known = () if self.family_class is None else fields(self.family_class)
+        return frozenset(key.name for key in known if key.type in (float, float | None))
+
     def class_keys(self) -> list[str]:
         """Every key that the family's own definition knows, nested ones with a dot."""
         typed = {key: get_type_hints(load(path)) for key, path in self.nested.items() if path}

@@ -18,7 +18,7 @@ from gearshift.formats.fates import (
     WeightDtype,
 )
 from gearshift.formats.layers import kinds_of
-from gearshift.formats.leaves import set_at, value_at
+from gearshift.formats.leaves import as_written, set_at, value_at
 from gearshift.formats.native import NativeConfig
 from gearshift.formats.read_config import KEPT
 from gearshift.formats.table import FateTable, Leaf
@@ -43,7 +43,7 @@ class Found(NamedTuple):
     @property
     def setting(self) -> str:
         """The leaf and its value, without the block."""
-        return f"{self.path} {self.value!r}"
+        return f"{self.path} {as_written(self.value)}"
 
 
 class Writer(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 
 from gearshift.formats.base import InexpressibleError
 from gearshift.formats.fates import CARRIED, Carried, Constant, Fixed, Mapped, WeightDtype
-from gearshift.formats.leaves import flatten, set_at, value_at
+from gearshift.formats.leaves import as_written, flatten, set_at, value_at
 from gearshift.formats.sections import Inner, Named, Repeated, Section, SectionFate, Stated, Values
 from gearshift.spec import Spec
 
@@ -98,10 +98,10 @@ class SectionWriter:
         return value
 
     def _leaf_refusal(self, path: str, value: Any, why: str = "") -> InexpressibleError:
-        setting = f"{path} {value!r}"
+        setting = f"{path} {as_written(value)}"
         if path.startswith(_BLOCKS):
             block, _, leaf = path.removeprefix(_BLOCKS).partition(".")
-            setting = f"block {block!r} has {leaf} {value!r}"
+            setting = f"block {block!r} has {leaf} {as_written(value)}"
         return self.refusal(f"{setting} ({why})" if why else setting)
 
     def refusal(self, what: str) -> InexpressibleError:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +130,13 @@ class MixerState:
     def bytes(self) -> int:
         """The size of what is kept now, in bytes, all sequences together."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+class Mixed(NamedTuple):
+    """What the core of a gated mixer gives: its result, beside the gate of the same shape that waits for it."""
+
+    output: Tensor
+    gate: Tensor
 
 
 class Mixer(nn.Module, ABC):

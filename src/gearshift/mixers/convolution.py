@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from gearshift.mixers import activations
 from gearshift.mixers.base import MixContext, MixerState
 from gearshift.mixers.kernels import kernel
+from gearshift.plan import Constant, Initialiser, Uniform
 
 _FUSED = {"silu": "silu", "swish": "silu", "linear": None}
 """The activations that the CUDA kernel knows, by transformers' names."""
@@ -24,6 +25,13 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, taps).uniform_(-(taps**-0.5), taps**-0.5))
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+
+
+def convolution_initialisers(names: Sequence[str], taps: int, bias: bool = False) -> dict[str, Initialiser]:
+    """The starts of the convolutions called `names`: weights as those of torch's own, biases of zero."""
+    bound = taps**-0.5
+    started: dict[str, Initialiser] = {f"{name}.weight": Uniform(-bound, bound) for name in names}
+    return started | {f"{name}.bias": Constant(0.0) for name in names} if bias else started
 
 
 def convolve(
@@ -68,10 +76,12 @@ def run_convolutions(
     state: MixerState | None,
     activation: str,
 ) -> Sequence[Tensor]:
-    """`convolve` with the weights of `convolutions`, all of which have a bias or none has."""
+    """`convolve` with the weights of `convolutions`: all have a bias or none has. Padded tokens come out as zeros."""
     biases = [convolution.bias for convolution in convolutions if convolution.bias is not None]
     weights = [convolution.weight for convolution in convolutions]
-    return convolve(streams, weights, context, state, biases or None, activation)
+    mixed = convolve(streams, weights, context, state, biases or None, activation)
+    # A bias, or an activation such as the sigmoid, makes something of nothing.
+    return [context.mask_padding(x) for x in mixed]
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, context: MixContext | None) -> Tensor:

@@ -2,7 +2,8 @@
 
 from gearshift.mixers.attention import AttentionSpec
 from gearshift.mixers.base import Start
-from gearshift.plan import Constant, LastTap, Reference, Repeat, Reshape
+from gearshift.mixers.from_attention import repeated_heads
+from gearshift.plan import Constant, LastTap, Reference
 
 
 def projections(source: AttentionSpec, hidden_size: int, heads: int) -> dict[str, Start]:
@@ -11,15 +12,12 @@ def projections(source: AttentionSpec, hidden_size: int, heads: int) -> dict[str
     Linear attention without its softmax is this recurrence (arXiv 2408.15237, 2408.10189), a head
     for a head. `heads` is a multiple of the attention's kv_heads and divides its heads. Its biases stay behind.
     """
-    assert source.kv_heads is not None, "a transfer needs a resolved spec"
-    assert source.head_dim is not None, "a transfer needs a resolved spec"
-    made: dict[str, Start] = {"c_proj.weight": Reference("q_proj.weight"), "o_proj.weight": Reference("o_proj.weight")}
-    for name, taken in (("b_proj.weight", "k_proj.weight"), ("x_proj.weight", "v_proj.weight")):
-        kept = Reshape(Reference(taken), (source.kv_heads, source.head_dim, hidden_size))
-        repeated = Repeat(kept, 0, heads // source.kv_heads)
-        shape = (heads * source.head_dim, hidden_size)
-        made[name] = Reshape(repeated, shape) if heads > source.kv_heads else Reference(taken)
-    return made
+    return {
+        "c_proj.weight": Reference("q_proj.weight"),
+        "o_proj.weight": Reference("o_proj.weight"),
+        "b_proj.weight": repeated_heads("k_proj.weight", source, hidden_size, heads),
+        "x_proj.weight": repeated_heads("v_proj.weight", source, hidden_size, heads),
+    }
 
 
 def convolution(name: str, activation: str, bias: bool) -> dict[str, Start]:

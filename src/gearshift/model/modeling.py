@@ -147,6 +147,10 @@ class GearshiftModel(GearshiftPreTrainedModel):
         for module in self.modules():
             if isinstance(module, Configured):
                 module.configure(config)
+        # Transformers reads it, and hands it up to the models that hold this one.
+        self._keep_in_fp32_modules_strict = {
+            name for module in self.modules() for name in getattr(module, "keep_in_float32", ())
+        }
         self.post_init()
 
     def starts(self) -> dict[str, Initialiser]:

@@ -4,6 +4,7 @@ from functools import lru_cache
 
 import torch
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from gearshift.model.block import Block, norm_names
 from gearshift.model.config import GearshiftConfig
@@ -18,7 +19,8 @@ def _skeleton(dump: str) -> nn.Module:
     from gearshift.model.modeling import GearshiftForCausalLM
 
     spec = ModelSpec.model_validate_json(dump)
-    with torch.device("meta"):
+    # Drawing nothing halves the time that it takes.
+    with torch.device("meta"), no_init_weights():
         return GearshiftForCausalLM(GearshiftConfig(spec))
 
 

@@ -1,11 +1,12 @@
-"""A plan for people: a tree of its targets, layers that are made alike shown once."""
+"""A plan for people: a tree of its targets, what is made alike shown once."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 
 from rich.filesize import decimal
 from rich.text import Text
@@ -67,8 +68,9 @@ def _describe_initialiser(initialiser: Initialiser) -> str:
 def render(plan: Plan) -> Tree:
     """The plan as a tree to print with rich: each target's shape, dtype and expression, then what is discarded and why.
 
-    Targets are grouped by their dotted names. Groups under numbers that are alike but for the number stand together
-    (`layers.0-47`), with that number in the names they reference shown as `*`.
+    Targets are grouped by their dotted names. What is alike but for a number or a name stands together
+    (`layers.0-47`, `{q_proj, o_proj}`), that number or name shown as `*` where a source's name repeats it. Of layers
+    that are alike in part, what they share stands under all their numbers, and the rest under the numbers it is of.
     """
     tree = Tree(Text(f"{_total(plan.source)} → {_total(plan.target)}", style="bold"))
     targets = _Group()
@@ -85,17 +87,17 @@ def render(plan: Plan) -> Tree:
 
 
 def _with_marks(expression: Expression, target: str) -> Expression:
-    """The expression with marks for those numbers in its references that repeat a number in the target's name.
+    """The expression with marks for those parts of its references' names that repeat a part of the target's name.
 
-    Mark k stands for the target's k-th number, which `_Group.grow` fills in with that number, or with a star where
-    several numbers share the line.
+    Mark k stands for the k-th part of the target's name, which `_Group.grow` fills in: with that part, or with a star
+    where several targets share the line.
     """
     if not isinstance(expression, Reference):
         return map_sources(expression, lambda source: _with_marks(source, target))
-    unused = dict(enumerate(part for part in target.split(".") if part.isdecimal()))
+    unused = dict(enumerate(target.split(".")))
     parts = []
     for part in expression.name.split("."):
-        mark = next((k for k, number in unused.items() if number == part), None)
+        mark = next((k for k, repeated in unused.items() if repeated == part), None)
         if mark is not None:
             del unused[mark]
         parts.append(part if mark is None else f"{_MARK}{mark}{_MARK}")
@@ -111,36 +113,78 @@ class _Group:
 
     def add(self, name: str, line: str) -> None:
         """Put a tensor's line at its place; a second line for the same name joins the first."""
-        group = self
-        for part in name.split("."):
-            group = group.children.setdefault(part, _Group())
+        group = self.at(name.split("."))
         group.line = line if group.line is None else f"{group.line}, {line}"
 
-    def grow(self, tree: Tree, prefix: str = "", numbers: tuple[str, ...] = ()) -> None:
-        """Add what lies below to `tree`; `numbers` are those on the way here, as they are to be shown."""
-        for keys, child in self._branches():
-            label = prefix + (keys[0] if len(keys) == 1 else spans(map(int, keys)))
-            within = (*numbers, keys[0] if len(keys) == 1 else "*") if keys[0].isdecimal() else numbers
+    def at(self, path: Iterable[str]) -> _Group:
+        """The group below this one at a path; it is made if it is not there."""
+        group = self
+        for part in path:
+            group = group.children.setdefault(part, _Group())
+        return group
+
+    def grow(self, tree: Tree, prefix: str = "", above: tuple[str, ...] = ()) -> None:
+        """Add what lies below to `tree`; `above` are the parts of names on the way here, as they are to be shown."""
+        for keys, child in self.branches:
+            label = prefix + _label(keys)
+            within = (*above, keys[0] if len(keys) == 1 else "*")
             if child.line is not None:
                 tree.add(Text(f"{label}  {_filled(child.line, within)}"))
-            if child.line is None and len(child._branches()) == 1:
+            if child.line is None and len(child.branches) == 1:
                 child.grow(tree, f"{label}.", within)
             elif child.children:
                 child.grow(tree.add(Text(label)), "", within)
 
-    def _branches(self) -> list[tuple[list[str], _Group]]:
-        """The children, numbered ones that are alike together under all their numbers."""
-        alike: dict[Hashable, list[str]] = defaultdict(list)
+    @cached_property
+    def branches(self) -> list[tuple[tuple[str, ...], _Group]]:
+        """The children, what is alike in several under all their keys: in numbered ones, and in those with equal names
+        below them."""
+        alike: dict[tuple[Hashable, tuple[str, ...], Hashable], list[tuple[str, _Group]]] = defaultdict(list)
         for key, child in self.children.items():
-            alike[child._signature() if key.isdecimal() else key].append(key)
-        return [(keys, self.children[keys[0]]) for keys in alike.values()]
+            kind = None if key.isdecimal() else tuple(child.children)
+            for path, part in child.parts():
+                alike[kind, path, part.signature].append((key, part))
+        branches: dict[tuple[str, ...], _Group] = {}
+        for (_, path, _), members in alike.items():
+            keys, (part, *_) = zip(*members, strict=True)
+            place = branches.setdefault(keys, _Group()).at(path)
+            place.line, place.children = part.line, part.children
+        return list(branches.items())
 
-    def _signature(self) -> Hashable:
-        return self.line, tuple((key, child._signature()) for key, child in self.children.items())
+    def parts(self) -> Iterator[tuple[tuple[str, ...], _Group]]:
+        """What is alike, or not, as a whole, by its path: the first groups on each way down that hold single tensors.
+
+        So the mixers of a layer are compared one by one, and a mixer is not torn apart.
+        """
+        if self.line is not None:
+            yield (), self
+            return
+        for key, child in self.children.items():
+            if child.line is None and all(below.size > 1 for below in child.children.values()):
+                yield from (((key, *path), part) for path, part in child.parts())
+            else:
+                yield (key,), child
+
+    @cached_property
+    def size(self) -> int:
+        """How many tensors there are here and below."""
+        return (self.line is not None) + sum(child.size for child in self.children.values())
+
+    @cached_property
+    def signature(self) -> Hashable:
+        """What is equal for groups that are alike."""
+        return self.line, tuple((key, child.signature) for key, child in self.children.items())
 
 
-def _filled(line: str, numbers: tuple[str, ...]) -> str:
-    return _MARKED.sub(lambda mark: numbers[int(mark[1])], line)
+def _label(keys: tuple[str, ...]) -> str:
+    """What stands for one key or for several: `q_proj`, `{q_proj, o_proj}`, `0-47`."""
+    if len(keys) == 1:
+        return keys[0]
+    return spans(map(int, keys)) if keys[0].isdecimal() else f"{{{', '.join(keys)}}}"
+
+
+def _filled(line: str, names: tuple[str, ...]) -> str:
+    return _MARKED.sub(lambda mark: names[int(mark[1])], line)
 
 
 def spans(numbers: Iterable[int]) -> str:

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from gearshift.evaluate import JudgeSettings
 from gearshift.search.beam import BeamSettings
+from gearshift.spec import ModelSpec
 
 
 class SearchSettings(JudgeSettings):
@@ -29,3 +30,14 @@ class SearchSettings(JudgeSettings):
     """Whether to verify, for each budget and mixer, the best placement that does without this mixer as well."""
     beam: BeamSettings = BeamSettings()
     """How the beam search goes about it."""
+
+    def length_for(self, spec: ModelSpec) -> int:
+        """Tokens of a judged sequence of a model. ValueError if more are asked for than the model was made for.
+
+        The default, which nobody asked for, is cut to that.
+        """
+        if "length" in self.model_fields_set and self.length > spec.max_positions:
+            raise ValueError(
+                f"length is {self.length}, but the model was made for {spec.max_positions} positions: give no more"
+            )
+        return min(self.length, spec.max_positions)

@@ -20,6 +20,8 @@ class Kind:
     module: str
     transfers: Mapping[str, str] = field(default_factory=dict)
     """Where weights can come from: source kind -> `module:attribute` of a `Transfer`."""
+    norm_epsilons: tuple[str, ...] = ()
+    """The settings that are a norm's epsilon. Where a surgery leaves one out, it is that of the block's norms."""
 
     @property
     def name(self) -> str:

@@ -66,7 +66,7 @@ class Add(Edit):
                 raise ValueError(
                     f"block {name!r} has no mixer {origin!r} to start from: it has {', '.join(mixer.mixers)}"
                 )
-            spec, given = _begin(self.mixer, mixer.mixers[origin], self.init, draft.spec.hidden_size)
+            spec, given = _begin(self.mixer, mixer.mixers[origin], self.init, block, draft.spec.hidden_size)
             sources = draft.mixer_prefixes(name, origin)
             for prefix, source in zip(draft.mixer_prefixes(name, self.name), sources, strict=True):
                 draft = draft.started(prefix, spec, given, draft.under(source))
@@ -115,7 +115,7 @@ class Replace(Edit):
     def apply(self, draft: Draft) -> Draft:
         for name, block in draft.selected(self.blocks).items():
             old = _one(name, block, self.name)
-            spec, given = _begin(self.mixer, old, self.init, draft.spec.hidden_size)
+            spec, given = _begin(self.mixer, old, self.init, block, draft.spec.hidden_size)
             for prefix in draft.mixer_prefixes(name, self.name):
                 origin = draft.under(prefix)
                 draft = draft.without([prefix], f"its mixer was replaced by {spec.type}")
@@ -286,12 +286,13 @@ def _with_mixer(block: BlockSpec, name: str | None, spec: MixerSpec) -> BlockSpe
 
 
 def _begin(
-    settings: Mapping[str, Any], origin: MixerSpec, init: Init, hidden_size: int
+    settings: Mapping[str, Any], origin: MixerSpec, init: Init, block: BlockSpec, hidden_size: int
 ) -> tuple[MixerSpec, Mapping[str, Start]]:
-    """A new mixer's complete spec, and those of its tensors that come from the mixer it starts from."""
+    """The complete spec of a new mixer in `block`, and those of its tensors that come from the one it starts from."""
     if "type" not in settings:
         raise ValueError(f"the new mixer {dict(settings)} has no 'type': one of {', '.join(MIXERS.names())}")
     kind = MIXERS[settings["type"]]
+    settings = {**dict.fromkeys(kind.norm_epsilons, block.norm.epsilon), **settings}
     transfer = kind.transfer_from(origin.type)
     if transfer is None:
         if init == "transfer":

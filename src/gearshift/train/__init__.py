@@ -10,6 +10,7 @@ from gearshift.train.metrics import (
     StepRecord,
     TensorBoard,
     read_records,
+    step_progress,
 )
 from gearshift.train.recipe import (
     DistillationSettings,
@@ -56,5 +57,6 @@ __all__ = [
     "distil",
     "load_recipe",
     "read_records",
+    "step_progress",
     "train",
 ]

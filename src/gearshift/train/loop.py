@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from gearshift.model import GearshiftForCausalLM
 from gearshift.plan.ahead import made_ahead
 from gearshift.train.layerwise import LayerwiseRun
 from gearshift.train.metrics import CalibrationRecord, Callback, Record, StageEndRecord, StepRecord
-from gearshift.train.noise import seeded, set_modes
+from gearshift.train.noise import is_noisy, seeded, set_modes
 from gearshift.train.optim import clip, learning_rate_scales, make_optimiser, schedule, set_learning_rate
 from gearshift.train.recipe import DistillationSettings, LayerwiseStage
 from gearshift.train.stage import Precision, StageRun
@@ -73,6 +73,7 @@ class Distiller:
         self.optimiser: torch.optim.AdamW | None = None
         self.device = model.lm_head.weight.device
         self.precision = Precision(settings.autocast, self.device)
+        self.noisy = is_noisy(model)
         for module in model.modules():
             if isinstance(module, Mixer):
                 module.check_device(self.device, learning=True)
@@ -132,7 +133,9 @@ class Distiller:
 
     def _calibrate(self, index: int, run: StageRun) -> CalibrationRecord:
         started = time.perf_counter()
+        self.model.eval()  # what is fitted must not depend on what dropout leaves of it
         errors = run.calibrate(self._batch(index, 0, run.calibration_sequences()).to(self.device))
+        set_modes(self.model)
         seconds = time.perf_counter() - started
         kind = self.settings.stages[index].type
         return CalibrationRecord(
@@ -147,7 +150,7 @@ class Distiller:
         rate = stage.learning_rate * schedule(step, stage.steps, stage.schedule or settings.schedule)
         set_learning_rate(self.optimiser, rate)
         parts = batch.to(self.device).split(len(batch) // settings.parts_of(index))
-        with seeded(self.model, self.device, settings.seed, global_step):
+        with seeded(self.device, settings.seed, global_step) if self.noisy else nullcontext():
             values = _average(run, parts, lambda part, share: run.learn(part, global_step, share))
         norm = clip(run.clip_groups(), settings.optimiser.clip_norm)
         if values:

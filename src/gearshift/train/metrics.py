@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
@@ -91,6 +92,19 @@ class StageEndRecord(Record):
     @property
     def event(self) -> str:
         return "stage_end"
+
+
+def step_progress(advance: Callable[[float], None]) -> Callable[[Record], None]:
+    """For `on_record`: calls `advance` with the steps done since the last record; at first, with those done before."""
+    done = 0
+
+    def watch(record: Record) -> None:
+        nonlocal done
+        if isinstance(record, StepRecord):
+            advance(record.global_step + 1 - done)
+            done = record.global_step + 1
+
+    return watch
 
 
 class Callback:

@@ -50,6 +50,7 @@ class StochasticRun(StageRun):
         self.loss_chunk = loss_chunk
         self.choices = model.spec.choices
         self.presets = model.presets
+        self.noisy = is_noisy(model)
         stage.sampling.check(self.choices, self.presets)
 
     def placement(self, step: int) -> Placement:
@@ -104,7 +105,7 @@ class StochasticRun(StageRun):
             else:
                 hidden = body.embed(batch.inputs)
                 context = body.context(hidden, cu_seqlens=batch.cu_seqlens)
-            final = body.norm(run_layers(self.model, hidden, context, placement, first, compare, recompute))
+            final = body.norm(run_layers(self.model, hidden, context, placement, first, compare, recompute, self.noisy))
             loss, terms = head_losses(
                 final,
                 taught.final,
@@ -169,10 +170,12 @@ def run_layers(
     first: int,
     visit: Visit,
     recompute: bool = False,
+    noisy: bool = False,
 ) -> Tensor:
     """Layers `first` and on over `hidden` [batch, tokens, hidden], up to the final norm; `visit` sees each layer.
 
-    With `recompute`, of each layer only its input and its mixer's output are kept for the backward pass.
+    With `recompute`, of each layer only its input and its mixer's output are kept for the backward pass. `noisy` says
+    that layers drop inputs at random: what is computed again must then drop the same ones.
     """
 
     def run_layer(block: Block, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,9 +185,7 @@ def run_layers(
     for layer, (block, name) in enumerate(zip(model.model.blocks, placement, strict=True)):
         if layer >= first:
             if recompute:
-                # What is computed again must drop the same inputs.
-                random = is_noisy(block)
-                made = checkpoint(run_layer, block, name, hidden, use_reentrant=False, preserve_rng_state=random)
+                made = checkpoint(run_layer, block, name, hidden, use_reentrant=False, preserve_rng_state=noisy)
             else:
                 made = run_layer(block, name, hidden)
             visit(layer, hidden, made[0])

@@ -59,6 +59,7 @@ COMMON: dict[str, Any] = {
     "bos_token_id": 4,
     "eos_token_id": [5, 6],
     "tie_word_embeddings": True,
+    "attention_dropout": 0.25,
     "dtype": "bfloat16",
     "id2label": {0: "no", 1: "yes", 2: "maybe"},
     "label2id": {"no": 0, "yes": 1, "maybe": 2},
@@ -114,6 +115,10 @@ class Family:
         model = model.to(config.dtype or torch.float32).eval()
         model.save_pretrained(folder)
         return model
+
+    def runs_otherwise(self, model: PreTrainedModel) -> str | None:
+        """What the installed transformers lacks to run `model` as its checkpoint means, if anything."""
+        return None
 
 
 def families() -> dict[str, Family]:

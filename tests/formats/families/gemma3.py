@@ -39,6 +39,10 @@ FAMILY = Family(
         {"layer_types": None, "sliding_window_pattern": 2},
         {"final_logit_softcapping": 2.0},
         {"attn_logit_softcapping": 1.5},
+        {"use_bidirectional_attention": True},
+        {"use_bidirectional_attention": True, "sliding_window": 9},
+        {"use_bidirectional_attention": True, "sliding_window": 1},
+        {"use_bidirectional_attention": True, "layer_types": ["full_attention"] * 3},
+        {"use_bidirectional_attention": None},
     ),
-    refused={"attention_dropout": 0.1, "use_bidirectional_attention": True},
 )

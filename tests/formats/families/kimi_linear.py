@@ -113,6 +113,7 @@ FAMILY = KimiLinear(
         {"linear_conv_kernel_dim": 3},
         {"output_router_logits": True},
         {"pretraining_tp": 2},
+        {"tie_word_embeddings": True},
     ),
-    refused={"attention_dropout": 0.1, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    refused={"num_key_value_heads": 2},
 )

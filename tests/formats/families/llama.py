@@ -23,5 +23,4 @@ FAMILY = Family(
         {"pretraining_tp": 2},
         {"num_key_value_heads": None},
     ),
-    refused={"attention_dropout": 0.1},
 )

@@ -16,5 +16,4 @@ FAMILY = Family(
         {"layer_types": MIXED, "sliding_window": 5},
         {"layer_types": ["full_attention"] * 3, "sliding_window": 5},
     ),
-    refused={"attention_dropout": 0.1},
 )

@@ -12,5 +12,4 @@ FAMILY = Family(
         {"sliding_window": 7},
         {"sliding_window": None},
     ),
-    refused={"attention_dropout": 0.1},
 )

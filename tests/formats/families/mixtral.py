@@ -18,5 +18,4 @@ FAMILY = Family(
         {"router_aux_loss_coef": 0.02},
         {"router_jitter_noise": 0.1},
     ),
-    refused={"attention_dropout": 0.1},
 )

@@ -57,5 +57,4 @@ FAMILY = OlmoHybrid(
         {"linear_dt_max": 0.2},
         {"linear_dt_init_floor": 1e-3},
     ),
-    refused={"attention_dropout": 0.1},
 )

@@ -16,5 +16,5 @@ FAMILY = Family(
         {"sliding_window": 5},
         {"max_window_layers": 2},
     ),
-    refused={"attention_dropout": 0.1, "layer_types": MIXED},
+    refused={"layer_types": MIXED},
 )

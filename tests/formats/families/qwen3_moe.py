@@ -25,5 +25,4 @@ FAMILY = Family(
         {"output_router_logits": True},
         {"router_aux_loss_coef": 0.02},
     ),
-    refused={"attention_dropout": 0.1},
 )

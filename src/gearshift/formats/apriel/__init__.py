@@ -1,8 +1,9 @@
-"""Apriel's hybrids (arXiv 2511.02651): Mistral's attention in some layers, state-space mixers in the others.
+"""Apriel's hybrids (arXiv 2511.02651): Mistral's attention in some layers, recurrent mixers in the others.
 
-The mixers are Mamba with grouped heads, whose dt bias counts twice, and discrete Mamba-2; one section of the config
-holds the settings of both. Its modelling code comes with its checkpoints, in transformers 4's layout of a config;
-Gearshift does not run that code.
+The state-space mixers are Mamba with grouped heads, whose dt bias counts twice, and discrete Mamba-2; one section of
+the config holds the settings of both. Another holds those of Gated DeltaNet, which its trainer Fast-LLM knows and its
+modelling code does not. That code comes with its checkpoints, in transformers 4's layout of a config; Gearshift does
+not run it.
 """
 
 from gearshift.formats.apriel.sizes import D_INNER, DISCRETE, HEAD_WIDTH, LAYOUT, SECTION, Sizes
@@ -22,14 +23,13 @@ from gearshift.formats.common import (
     remote_code,
 )
 from gearshift.formats.family import FamilyFormat
-from gearshift.formats.fates import Carried, Constant, Fate, Fixed, Mapped, mapped
+from gearshift.formats.fates import Carried, Constant, Fate, Fixed, Mapped, mapped, optional
 from gearshift.formats.layers import BlockKind, LayerTypes
 
 _UNSUPPORTED = {
     "i": "a layer that does nothing, without a mixer and without an MLP,",
-    "swa": "attention with a window of its own",
-    "gdn": "Gated DeltaNet, which the format's own modelling code cannot load,",
-    "kl": "Kimi Delta Attention, which the format's own modelling code cannot load,",
+    "swa": "attention with a window of its own, which neither the format's modelling code nor its trainer loads,",
+    "kl": "Kimi Delta Attention, which neither the format's modelling code nor its trainer loads,",
 }
 
 _STATE_SPACE: tuple[Fate, ...] = (
@@ -72,25 +72,56 @@ _DISCRETE: tuple[Fate, ...] = (
     ),
 )
 
+_GATED_DELTA_NET: tuple[Fate, ...] = (
+    Fixed("gdn.mixer.type", "gated_delta_net"),
+    *(
+        optional(f"linear_attn_config.gdn_{theirs}", f"gdn.mixer.{ours}")
+        for theirs, ours in {
+            "num_key_heads": "key_heads",
+            "num_value_heads": "value_heads",
+            "key_head_dim": "key_dim",
+            "value_head_dim": "value_dim",
+            "linear_conv_kernel_size": "conv_kernel",
+        }.items()
+    ),
+    # The trainer's own defaults, whatever rms_norm_eps says of the other norms.
+    Fixed("gdn.mixer.norm_epsilon", 1e-5),
+    Fixed("gdn.mixer.activation", "silu"),
+    Fixed("gdn.mixer.conv_activation", "silu"),
+    Fixed("gdn.mixer.negative_eigenvalues", False),
+    # Of mixers for a server only, which no layer here has.
+    *(Carried(f"linear_attn_config.{name}") for name in ("head_dim", "num_heads", "short_conv_kernel_size")),
+)
+
 FORMAT = FamilyFormat(
     name="apriel",
     model_type="apriel_hybrid_ssm",
     # Its own class is this one with the keys of the layout and of the state-space mixers.
     config_class="transformers.models.mistral.configuration_mistral:MistralConfig",
-    nested={**ROTARY_NESTED, SECTION: None},
+    nested={**ROTARY_NESTED, SECTION: None, "linear_attn_config": None},
     aliases=ALIASES,
     dialect=Sizes(),
     blocks={
         "attention": BlockKind("attention"),
         "mamba": BlockKind("mamba"),
         "discrete": BlockKind("discrete_mamba2"),
+        "gdn": BlockKind("gated_delta_net"),
     },
     layers=(
-        LayerTypes(LAYOUT, {"t": ("attention",), "m2": ("mamba",), DISCRETE: ("discrete",)}, unsupported=_UNSUPPORTED),
+        LayerTypes(
+            LAYOUT,
+            {"t": ("attention",), "m2": ("mamba",), DISCRETE: ("discrete",), "gdn": ("gdn",)},
+            unsupported=_UNSUPPORTED,
+        ),
         # A server's names for the same, which the family's own class always writes.
         LayerTypes(
             "layer_types",
-            {"full_attention": ("attention",), "mamba2": ("mamba",), "discrete_mamba2": ("discrete",)},
+            {
+                "full_attention": ("attention",),
+                "mamba2": ("mamba",),
+                "discrete_mamba2": ("discrete",),
+                "gated_delta_net": ("gdn",),
+            },
             optional=True,
         ),
     ),
@@ -119,8 +150,7 @@ FORMAT = FamilyFormat(
         *_STATE_SPACE,
         *_MAMBA,
         *_DISCRETE,
-        # Of mixers for a server only, which no layer here has.
-        Carried("linear_attn_config"),
+        *_GATED_DELTA_NET,
     ),
     tensors=TENSORS,
 )

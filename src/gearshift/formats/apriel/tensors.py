@@ -6,7 +6,7 @@ from gearshift.formats.common import ATTENTION_WEIGHTS, JUNK, MLP_WEIGHTS, NORM_
 from gearshift.formats.tensors import Fused, Tensors, Weight
 
 _OURS = _THEIRS = "model.layers.{layer}.mixer"
-_MAMBA, _DISCRETE = ("mamba",), ("discrete",)
+_MAMBA, _DISCRETE, _GDN = ("mamba",), ("discrete",), ("gdn",)
 
 
 def _fused(projections: str, kind: str) -> tuple[str, ...]:
@@ -46,6 +46,11 @@ TENSORS = Tensors(
         _one("dt_bias", "dt_proj.bias", _MAMBA),
         _one("A_log", "A_log", _MAMBA),
         _one("D", "D", (*_MAMBA, *_DISCRETE)),
+        Fused(_fused("q k v gate", "weight"), f"{_THEIRS}.in_proj_qkvz.weight", kinds=_GDN),
+        Fused(_fused("b a", "weight"), f"{_THEIRS}.in_proj_ba.weight", kinds=_GDN),
+        Fused(tuple(f"{_OURS}.{name}_conv.weight" for name in "qkv"), f"{_THEIRS}.convolution.weight", kinds=_GDN),
+        *(_one(name, name, _GDN) for name in ("A_log", "dt_bias", "norm.weight")),
+        _one("o_proj.weight", "out_proj.weight", _GDN),
     ),
     JUNK,
 )

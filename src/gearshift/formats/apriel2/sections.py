@@ -55,6 +55,7 @@ ATTENTION = Section(
         Carried("cross_document_attention"),
         Fixed("qk_norm", None),
         Fixed("qk_norm_across_heads", False),
+        Fixed("dropout", 0.0),
         Fixed("scale_dim", None),
     ),
     defaults={"cross_document_attention": True},
@@ -195,7 +196,7 @@ PATTERN_DECODER = Section(
     (
         mapped("num_blocks", "num_layers"),
         mapped("pattern", "pattern"),
-        Named("blocks", "blocks", {"": BLOCK}, by=None, wanted=used_blocks("pattern", "num_blocks")),
+        Named("blocks", "blocks", {"": BLOCK}, by=None, wanted=used_blocks("pattern", "num_blocks", "blocks")),
     ),
 )
 

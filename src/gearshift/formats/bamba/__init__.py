@@ -1,9 +1,10 @@
 """Bamba: Mamba-2 in most layers, attention that rotates half of each head in the others."""
 
-from gearshift.formats.bamba.derived import SHARE, DerivedKeys
+from gearshift.formats.bamba.derived import DerivedKeys
 from gearshift.formats.common import (
     ALIASES,
     ANY_MODEL,
+    ATTENTION_DROPOUT,
     ATTENTION_WEIGHTS,
     DECODER,
     JUNK,
@@ -32,7 +33,7 @@ FORMAT = FamilyFormat(
     model_type="bamba",
     config_class="transformers.models.bamba.configuration_bamba:BambaConfig",
     nested=ROTARY_NESTED,
-    aliases={**ALIASES, "partial_rotary_factor": SHARE},
+    aliases=ALIASES,
     dialect=DerivedKeys(),
     blocks={"mamba": BlockKind("mamba2"), "attention": BlockKind("attention")},
     layers=(LayerNumbers("attn_layer_indices", listed=("attention",), others=("mamba",), null=True),),
@@ -45,7 +46,7 @@ FORMAT = FamilyFormat(
         *rotary(_ROPE, "attention", partial=True),
         optional(f"{_ROPE}.truncate", "attention.mixer.rotary.truncate"),
         Constant("architectures", ["BambaForCausalLM"], same=(None,)),
-        Constant("attention_dropout", 0.0, same=(None,)),
+        ATTENTION_DROPOUT,
         mapped("rms_norm_eps", *NORM_EPSILONS, "mamba.mixer.norm_epsilon"),
         mapped("num_attention_heads", "attention.mixer.heads"),
         mapped("num_key_value_heads", "attention.mixer.kv_heads"),
@@ -56,6 +57,8 @@ FORMAT = FamilyFormat(
         Fixed("attention.mixer.qk_norm", None),
         Fixed("attention.mixer.qk_norm_across_heads", False),
         Carried("attn_rotary_emb"),
+        # Transformers 5.17 to 5.19 write it whatever they rotate; none reads it.
+        Carried("partial_rotary_factor", known=(0.5,), why="transformers rotates what 'rope_parameters' say, or 0.5"),
         Fixed("mamba.mixer.type", "mamba2"),
         mapped("mamba_n_heads", "mamba.mixer.heads"),
         mapped("mamba_d_head", "mamba.mixer.head_dim"),

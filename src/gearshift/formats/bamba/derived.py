@@ -8,22 +8,20 @@ from gearshift.formats.dialect import Dialect
 from gearshift.formats.read_config import INFINITY
 from gearshift.spec import ModelSpec
 
-SHARE = "rope_parameters.partial_rotary_factor"
-"""The key that says which share of a head's channels is rotated."""
-
 
 class DerivedKeys(Dialect):
     """`mamba_expand` and `attn_rotary_emb` follow from other keys; no greatest time step is infinity."""
 
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        share = values[SHARE]
+        share = values["rope_parameters.partial_rotary_factor"]
         head_dim = values.get("head_dim") or values["hidden_size"] // max(1, values["num_attention_heads"])
+        rotated = values.get("attn_rotary_emb")
         # Where it is no share, the spec says so.
         known = isinstance(share, (int, float)) and 0 < share <= 1
-        said = {"partial_rotary_factor": share, "attn_rotary_emb": int(head_dim * share)} if known else {}
-        for key, expected in said.items():
-            if values.get(key) not in (None, expected):
-                raise ValueError(f"{key!r} is {values[key]!r}, but transformers rotates {share} of {head_dim} channels")
+        if known and rotated not in (None, int(head_dim * share)):
+            raise ValueError(
+                f"'attn_rotary_emb' is {rotated!r}, but transformers rotates {share} of {head_dim} channels"
+            )
         limit = values["time_step_limit"]
         if isinstance(limit, (list, tuple)):
             limit = [None if bound == math.inf else bound for bound in limit]

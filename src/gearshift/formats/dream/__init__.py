@@ -49,6 +49,9 @@ FORMAT = FamilyFormat(
         *PLAIN_BLOCK,
         *NO_QK_NORM,
         Constant("architectures", ["DreamModel"], same=(None,)),
+        # Fast-LLM's name for it, and that of the model's authors, who also say that it is not Qwen2-VL.
+        Carried("model_type", known=("dream", "Dream")),
+        Carried("use_mrope", known=(False,)),
         Carried("mask_token_id"),
         # The model has no windows, whatever these say.
         Carried("use_sliding_window"),

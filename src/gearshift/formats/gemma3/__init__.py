@@ -1,6 +1,8 @@
 """Gemma 3, the text model: scaled embeddings, norms around both halves of a block, a window in most layers, and RoPE of
 its own in those."""
 
+from typing import Any
+
 from gearshift.formats.common import (
     ALIASES,
     ANY_MODEL,
@@ -20,9 +22,11 @@ from gearshift.formats.common import (
     WINDOWS,
     rotary,
 )
+from gearshift.formats.dialect import Dialect
 from gearshift.formats.family import FamilyFormat
 from gearshift.formats.fates import Carried, Constant, Fate, Fixed, Mapped, mapped
 from gearshift.formats.tensors import Tensors, Weight
+from gearshift.spec import ModelSpec
 
 _ROPE = "transformers.modeling_rope_utils:RopeParameters"
 _LAYER = "model.layers.{layer}"
@@ -32,7 +36,19 @@ _NORMS = {
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_output_norm": "post_feedforward_layernorm",
 }
-_BIDIRECTIONAL = "embedding models: their sliding_window means another number of tokens in each version of transformers"
+BIDIRECTIONAL = "use_bidirectional_attention"
+"""The key of models that see both ways, as models of embeddings do."""
+_WINDOW = "sliding_window"
+
+
+class BothWays(Dialect):
+    """Where a token sees both ways, the config counts a window from end to end. Its class makes ours of it: one half
+    of the others, and the token itself."""
+
+    def write(self, config: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
+        if not config[BIDIRECTIONAL] or config[_WINDOW] is None:
+            return config
+        return config | {_WINDOW: 2 * (config[_WINDOW] - 1)}
 
 
 def _rotary(kind: str) -> tuple[Fate, ...]:
@@ -57,6 +73,7 @@ FORMAT = FamilyFormat(
         "rope_theta": "rope_parameters.full_attention.rope_theta",
         "rope_local_base_freq": "rope_parameters.sliding_attention.rope_theta",
     },
+    dialect=BothWays(),
     blocks=WINDOWED_BLOCKS,
     layers=(LAYER_TYPES,),
     fates=(
@@ -75,7 +92,7 @@ FORMAT = FamilyFormat(
         Carried("attn_logit_softcapping"),
         # A setting of generation.
         Carried("cache_implementation"),
-        Constant("use_bidirectional_attention", False, same=(None,), why=_BIDIRECTIONAL),
+        Mapped(BIDIRECTIONAL, ("layer.mixer.causal",), words={False: True, True: False}, null=False, spelled=True),
         mapped("final_logit_softcapping", "logit_softcap"),
         Mapped("query_pre_attn_scalar", ("layer.mixer.scale_dim",), whole=True),
         mapped("attention_bias", "layer.mixer.qkv_bias", "layer.mixer.output_bias"),
@@ -83,7 +100,6 @@ FORMAT = FamilyFormat(
         mapped("hidden_activation", "layer.mlp.activation"),
         Fixed("layer.mlp.type", "gated"),
         Fixed("layer.mlp.bias", False),
-        Fixed("layer.mixer.causal", True),
         Fixed("scale_embeddings", True),
         Fixed("prediction_heads", ()),
         Fixed("final_norm.type", "rms_norm"),

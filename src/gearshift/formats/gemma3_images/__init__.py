@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from gearshift.formats.base import Format, InexpressibleError
+from gearshift.formats.gemma3 import BIDIRECTIONAL
 from gearshift.formats.gemma3 import FORMAT as TEXT
 from gearshift.formats.native import NativeConfig
 from gearshift.formats.tensors import Junk, Tensors, Weight
@@ -63,8 +64,13 @@ class Gemma3Images(Format):
             raise ValueError(f"the key 'text_config' must hold the config of the text model, not {text!r}")
         if (found := raw.get("architectures")) not in (None, [_ARCHITECTURE]):
             raise ValueError(f"'architectures' is {found!r}, and only {[_ARCHITECTURE]!r} is supported")
-        beside = {key: raw[key] for key in raw if key not in _NOT_OF_THE_TEXT}
-        native = TEXT.to_native({**text, **beside})
+        config = {**text, **{key: raw[key] for key in raw if key not in _NOT_OF_THE_TEXT}}
+        if config.get(BIDIRECTIONAL):
+            raise ValueError(
+                f"{BIDIRECTIONAL!r} is {config[BIDIRECTIONAL]!r}, which only a text model by itself follows: in one "
+                "that reads images too, it depends on transformers' attention implementation what it means"
+            )
+        native = TEXT.to_native(config)
         return replace(native, source={**native.source, "notes": [NOTE]})
 
     def express(self, native: NativeConfig) -> dict[str, Any]:

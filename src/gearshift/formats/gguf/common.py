@@ -66,6 +66,7 @@ def decoder(architecture: str) -> tuple[Fate, ...]:
         Carried("tokenizer.ggml.padding_token_id", "pad_token_id"),
         Fixed("layer.mixer.type", "attention"),
         Fixed("layer.mixer.qk_norm_across_heads", False),
+        Fixed("layer.mixer.dropout", 0.0),
         Fixed("layer.mlp.type", "gated"),
     )
 

@@ -3,6 +3,7 @@ all."""
 
 from gearshift.formats.common import (
     ANY_MODEL,
+    ATTENTION_DROPOUT,
     DECODER,
     JUNK,
     MLP_WEIGHTS,
@@ -75,13 +76,14 @@ FORMAT = FamilyFormat(
             for fate in (*ANY_MODEL, *DECODER)
             if getattr(fate, "key", "") not in ("auto_map", "tie_word_embeddings")
         ),
-        Constant("tie_word_embeddings", False, why="transformers never ties the head of this family"),
-        Fixed("tie_embeddings", False),
+        # Transformers never ties the head of this family, whatever the key says: checkpoints hold one.
+        Carried("tie_word_embeddings"),
+        Fixed("tie_embeddings", False, why="transformers never ties the head of this family"),
         Constant("auto_map", None, same=(_REMOTE_CODE,), write=False, why="this is not the code that was published"),
         *PLAIN_MODEL,
         *PLAIN_BLOCK,
         Constant("architectures", ["KimiLinearForCausalLM"], same=(None,)),
-        Constant("attention_dropout", 0.0, same=(None,)),
+        ATTENTION_DROPOUT,
         mapped("rms_norm_eps", *NORM_EPSILONS, "layer.mixer.norm_epsilon"),
         *(Fixed(path, _MIXERS["linear"]) for path in _of(_LINEAR, "mixer.type")),
         mapped("linear_num_heads", *_of(_LINEAR, "mixer.heads")),

@@ -6,6 +6,7 @@ from typing import Any
 from gearshift.formats.common import (
     ALIASES,
     ANY_MODEL,
+    ATTENTION_DROPOUT,
     ATTENTION_WEIGHTS,
     DECODER,
     JUNK,
@@ -85,7 +86,7 @@ FORMAT = FamilyFormat(
         *rotary(_ROPE, "full_attention"),
         optional(f"{_ROPE}.truncate", "full_attention.mixer.rotary.truncate"),
         Constant("architectures", ["OlmoHybridForCausalLM"], same=(None,)),
-        Constant("attention_dropout", 0.0, same=(None,)),
+        ATTENTION_DROPOUT,
         mapped("rms_norm_eps", *NORM_EPSILONS, "full_attention.mixer.qk_norm.epsilon"),
         mapped("num_attention_heads", "full_attention.mixer.heads"),
         mapped("num_key_value_heads", "full_attention.mixer.kv_heads"),

@@ -85,6 +85,8 @@ class AttentionSpec(MixerSpec):
     """Scores are divided by the square root of this; by that of `head_dim` if left out."""
     rotary: RotarySpec | None = RotarySpec()
     """Rotary positions; null for none."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """The share of attention weights that are dropped at random where it learns; never where it only runs."""
 
     def resolved(self, hidden_size: int) -> Self:
         kv_heads = self.kv_heads or self.heads

@@ -50,6 +50,8 @@ class Attention(Mixer):
         self.is_causal = spec.causal
         self.num_key_value_groups = spec.heads // spec.kv_heads
         self.config = SimpleNamespace(_attn_implementation=None)
+        # The attention functions apply its rate; it stands here so that training sees that something is random.
+        self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
 
     def project(self, hidden: Tensor, context: MixContext) -> Heads:
         query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
@@ -81,7 +83,7 @@ class Attention(Mixer):
             value,
             attention_mask(query, key.shape[2], context, self.spec.window, self.spec.causal),
             scaling=(self.spec.scale_dim or self.spec.head_dim) ** -0.5,
-            dropout=0.0,
+            dropout=self.spec.dropout if self.training else 0.0,
             sliding_window=self.spec.window,
             **packing(context),
         )

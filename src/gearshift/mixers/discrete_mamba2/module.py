@@ -7,15 +7,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gearshift.mixers.activations import activation
-from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
-from gearshift.mixers.convolution import ShortConvolution, run_convolutions
+from gearshift.mixers.base import MixContext, Mixed, Mixer, MixerState, Sharding
+from gearshift.mixers.convolution import ShortConvolution, convolution_initialisers, run_convolutions
 from gearshift.mixers.discrete_mamba2 import DiscreteMamba2Spec
 from gearshift.mixers.kernels import check_kernels
 from gearshift.mixers.state_space_dual import state_space_dual
-from gearshift.plan import Constant, Initialiser, Normal, Uniform
+from gearshift.plan import Constant, Initialiser, Normal
 
-PROJECTIONS = ("gate", "x", "b", "c", "a", "o")
-CONVOLUTIONS = ("x", "b", "c")
+PROJECTIONS = ("gate_proj", "x_proj", "b_proj", "c_proj", "a_proj", "o_proj")
+CONVOLUTIONS = ("x_conv", "b_conv", "c_conv")
 
 
 class Projected(NamedTuple):
@@ -33,19 +33,12 @@ class Projected(NamedTuple):
     """[batch, tokens, value_heads * head_dim], the output gate before its activation."""
 
 
-class Mixed(NamedTuple):
-    """The core's result, beside the gate that waits for it; both [batch, tokens, value_heads * head_dim]."""
-
-    output: Tensor
-    gate: Tensor
-
-
 class DiscreteMamba2(Mixer):
     """Linear attention with a decay a head between short convolutions and a gate (arXiv 2408.10189)."""
 
     sharding: ClassVar[dict[str, Sharding]] = {
-        **{f"{name}_proj.{kind}": "column" for name in PROJECTIONS[:-1] for kind in ("weight", "bias")},
-        **{f"{name}_conv.{kind}": "column" for name in CONVOLUTIONS for kind in ("weight", "bias")},
+        **{f"{name}.{kind}": "column" for name in PROJECTIONS[:-1] for kind in ("weight", "bias")},
+        **{f"{name}.{kind}": "column" for name in CONVOLUTIONS for kind in ("weight", "bias")},
         "D": "column",
         "o_proj.weight": "row",
         "o_proj.bias": "replicated",
@@ -81,8 +74,7 @@ class DiscreteMamba2(Mixer):
         convolutions = (self.x_conv, self.b_conv, self.c_conv)
         streams = (inputs.x, inputs.b, inputs.c)
         x, b, c = run_convolutions(streams, convolutions, context, state, self.spec.activation)
-        # Masked again: a bias in the convolution makes something of nothing.
-        x = context.mask_padding(x).unflatten(-1, (-1, self.spec.head_dim))
+        x = x.unflatten(-1, (-1, self.spec.head_dim))
         b, c = (stream.unflatten(-1, (-1, self.spec.state_size)) for stream in (b, c))
         output = state_space_dual(c, b, x, -F.softplus(inputs.decay.float()), context, state)
         output = output + self.D.float()[:, None] * x
@@ -98,15 +90,12 @@ class DiscreteMamba2(Mixer):
     @classmethod
     def initialisers(cls, spec: DiscreteMamba2Spec, hidden_size: int) -> dict[str, Initialiser]:
         """Projections that start small, so that the decay starts at exp(-softplus(0)) = 0.5 a token."""
-        bound = spec.conv_kernel**-0.5
         started: dict[str, Initialiser] = {
-            **{f"{name}_proj.weight": Normal(std=0.02) for name in PROJECTIONS},
-            **{f"{name}_conv.weight": Uniform(-bound, bound) for name in CONVOLUTIONS},
+            **{f"{name}.weight": Normal(std=0.02) for name in PROJECTIONS},
+            **convolution_initialisers(CONVOLUTIONS, spec.conv_kernel, spec.conv_bias),
             "gate_proj.bias": Constant(0.0),
             "D": Constant(1.0),
         }
         if spec.projection_bias:
-            started |= {f"{name}_proj.bias": Constant(0.0) for name in PROJECTIONS}
-        if spec.conv_bias:
-            started |= {f"{name}_conv.bias": Constant(0.0) for name in CONVOLUTIONS}
+            started |= {f"{name}.bias": Constant(0.0) for name in PROJECTIONS}
         return started

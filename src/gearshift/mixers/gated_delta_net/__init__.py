@@ -61,4 +61,5 @@ KIND = Kind(
     GatedDeltaNetSpec,
     "gearshift.mixers.gated_delta_net.module:GatedDeltaNet",
     transfers={"attention": "gearshift.mixers.gated_delta_net.transfer:FROM_ATTENTION"},
+    norm_epsilons=("norm_epsilon",),
 )

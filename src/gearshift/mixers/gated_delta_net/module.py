@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from gearshift.mixers.activations import activation
-from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
-from gearshift.mixers.convolution import ShortConvolution, run_convolutions
+from gearshift.mixers.base import MixContext, Mixed, Mixer, MixerState, Sharding
+from gearshift.mixers.convolution import ShortConvolution, convolution_initialisers, run_convolutions
 from gearshift.mixers.delta_rule import delta_rule, log_decay
 from gearshift.mixers.fused_delta_rule import fused_delta_rule
 from gearshift.mixers.gated_delta_net import GatedDeltaNetSpec
 from gearshift.mixers.gated_norm import GatedRMSNorm
 from gearshift.mixers.kernels import check_kernels
-from gearshift.plan import Constant, Initialiser, InverseSoftplusLogUniform, LogUniform, Normal, Uniform
+from gearshift.plan import Constant, Initialiser, InverseSoftplusLogUniform, LogUniform, Normal
 
 
 class Projected(NamedTuple):
@@ -31,13 +31,6 @@ class Projected(NamedTuple):
     """[batch, tokens, value_heads], before the sigmoid."""
     gate: Tensor
     """[batch, tokens, value_heads, value_dim], the output gate before its activation."""
-
-
-class Mixed(NamedTuple):
-    """The core's result, beside the gate that waits for it; both [batch, tokens, value_heads, value_dim]."""
-
-    output: Tensor
-    gate: Tensor
 
 
 class GatedDeltaNet(Mixer):
@@ -111,10 +104,9 @@ class GatedDeltaNet(Mixer):
     def initialisers(cls, spec: GatedDeltaNetSpec, hidden_size: int) -> dict[str, Initialiser]:
         """Mamba-2's decays (arXiv 2405.21060): a rate uniform in 1 to 16, steps log-uniform in 0.001 to 0.1."""
         projections = ("q", "k", "v", "a", "b", "gate", "o")
-        bound = spec.conv_kernel**-0.5
         return {
             **{f"{name}_proj.weight": Normal(std=0.02) for name in projections},
-            **{f"{name}_conv.weight": Uniform(-bound, bound) for name in "qkv"},
+            **convolution_initialisers(("q_conv", "k_conv", "v_conv"), spec.conv_kernel),
             "A_log": LogUniform(1.0, 16.0),
             "dt_bias": InverseSoftplusLogUniform(0.001, 0.1, floor=1e-4),
             "norm.weight": Constant(1.0),

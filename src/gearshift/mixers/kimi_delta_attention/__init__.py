@@ -48,4 +48,5 @@ KIND = Kind(
     KimiDeltaAttentionSpec,
     "gearshift.mixers.kimi_delta_attention.module:KimiDeltaAttention",
     transfers={"attention": "gearshift.mixers.kimi_delta_attention.transfer:FROM_ATTENTION"},
+    norm_epsilons=("norm_epsilon",),
 )

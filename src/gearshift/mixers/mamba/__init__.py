@@ -1,9 +1,9 @@
 """Mamba (arXiv 2312.00752), and its form with grouped heads (MambaInLlama, arXiv 2408.15237)."""
 
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from gearshift.spec import Kind, MixerSpec, NormSpec, StateTensor
 
@@ -43,10 +43,15 @@ class MambaSpec(MixerSpec):
     activation: str = "silu"
     """The convolution's activation, by transformers' name. The gate's is SiLU."""
 
+    @field_validator("dt_rank", mode="before")
+    @classmethod
+    def _check_rank(cls, rank: Any) -> Any:
+        if rank != "auto" and (type(rank) is not int or rank < 1):
+            raise ValueError("give `auto` or a whole number from 1 on")
+        return rank
+
     def resolved(self, hidden_size: int) -> Self:
         rank = math.ceil(hidden_size / 16) if self.dt_rank == "auto" else self.dt_rank
-        if rank < 1:
-            raise ValueError(f"dt_rank is {rank}: give a positive number or `auto`")
         inner = self.inner_size or 2 * hidden_size
         resolved = self.model_copy(update={"inner_size": inner, "dt_rank": rank})
         if self.projection == "classic":

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gearshift.mixers.activations import activation
-from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
-from gearshift.mixers.convolution import ShortConvolution, run_convolutions
+from gearshift.mixers.base import MixContext, Mixed, Mixer, MixerState, Sharding
+from gearshift.mixers.convolution import ShortConvolution, convolution_initialisers, run_convolutions
 from gearshift.mixers.kernels import check_kernels, kernel
 from gearshift.mixers.mamba import MambaSpec
 from gearshift.mixers.norm import norm, norm_start
@@ -36,13 +36,6 @@ class Projected(NamedTuple):
     """None in a classic projection, whose selection is made from the convolved x."""
     gate: Tensor
     """[batch, tokens, inner_size], the output gate before its activation."""
-
-
-class Mixed(NamedTuple):
-    """The core's result, beside the gate that waits for it; both [batch, tokens, inner_size]."""
-
-    output: Tensor
-    gate: Tensor
 
 
 class Mamba(Mixer):
@@ -102,8 +95,6 @@ class Mamba(Mixer):
 
     def core(self, inputs: Projected, context: MixContext, state: MixerState | None) -> Mixed:
         (x,) = run_convolutions([inputs.x], [self.conv], context, state, self.spec.activation)
-        # Masked again: a bias in the convolution makes something of nothing.
-        x = context.mask_padding(x)
         x = x if self.spec.repeat_kv_before_conv else self._shared(x)
         selection = self._selection(x.to(inputs.x.dtype)) if inputs.selection is None else inputs.selection
         step = self.dt_up_proj(selection.dt).float()
@@ -143,18 +134,16 @@ class Mamba(Mixer):
         grouped = spec.projection == "grouped"
         from_hidden = ("gate", "x", "b", "c", "dt_down") if grouped else ("gate", "x")
         names = (*from_hidden, "o") if grouped else (*from_hidden, "selection", "o")
-        taps, rank = spec.conv_kernel**-0.5, spec.dt_rank**-0.5
+        rank = spec.dt_rank**-0.5
         started: dict[str, Initialiser] = {
             **{f"{name}_proj.weight": Normal(std=0.02) for name in names},
             "dt_up_proj.weight": Uniform(-rank, rank),
-            "conv.weight": Uniform(-taps, taps),
+            **convolution_initialisers(["conv"], spec.conv_kernel, spec.conv_bias),
             "A_log": LogIndex(),
             "D": Constant(1.0),
         }
         if spec.projection_bias:
             started |= {f"{name}_proj.bias": Constant(0.0) for name in (*from_hidden, "o")}
-        if spec.conv_bias:
-            started["conv.bias"] = Constant(0.0)
         if spec.dt_bias:
             started["dt_bias"] = InverseSoftplusLogUniform(0.001, 0.1, floor=1e-4)
         if spec.norm is not None:

@@ -70,4 +70,5 @@ KIND = Kind(
     Mamba2Spec,
     "gearshift.mixers.mamba2.module:Mamba2",
     transfers={"attention": "gearshift.mixers.mamba2.transfer:FROM_ATTENTION"},
+    norm_epsilons=("norm_epsilon",),
 )

@@ -7,16 +7,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gearshift.mixers.activations import activation
-from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
-from gearshift.mixers.convolution import ShortConvolution, run_convolutions
+from gearshift.mixers.base import MixContext, Mixed, Mixer, MixerState, Sharding
+from gearshift.mixers.convolution import ShortConvolution, convolution_initialisers, run_convolutions
 from gearshift.mixers.gated_norm import GroupedGatedRMSNorm
 from gearshift.mixers.kernels import check_kernels
 from gearshift.mixers.mamba2 import Mamba2Spec
 from gearshift.mixers.state_space_dual import state_space_dual
-from gearshift.plan import Constant, Initialiser, InverseSoftplusLogUniform, LogUniform, Normal, Uniform
+from gearshift.plan import Constant, Initialiser, InverseSoftplusLogUniform, LogUniform, Normal
 
-PROJECTIONS = ("gate", "x", "b", "c", "dt", "o")
-CONVOLUTIONS = ("x", "b", "c")
+PROJECTIONS = ("gate_proj", "x_proj", "b_proj", "c_proj", "dt_proj", "o_proj")
+CONVOLUTIONS = ("x_conv", "b_conv", "c_conv")
 
 
 class Projected(NamedTuple):
@@ -34,19 +34,12 @@ class Projected(NamedTuple):
     """[batch, tokens, heads * head_dim], the output gate before its activation."""
 
 
-class Mixed(NamedTuple):
-    """The core's result, beside the gate that waits for it; both [batch, tokens, heads * head_dim]."""
-
-    output: Tensor
-    gate: Tensor
-
-
 class Mamba2(Mixer):
     """State space duality between short convolutions and a gated norm (arXiv 2405.21060)."""
 
     sharding: ClassVar[dict[str, Sharding]] = {
-        **{f"{name}_proj.{kind}": "column" for name in PROJECTIONS[:-1] for kind in ("weight", "bias")},
-        **{f"{name}_conv.{kind}": "column" for name in CONVOLUTIONS for kind in ("weight", "bias")},
+        **{f"{name}.{kind}": "column" for name in PROJECTIONS[:-1] for kind in ("weight", "bias")},
+        **{f"{name}.{kind}": "column" for name in CONVOLUTIONS for kind in ("weight", "bias")},
         "A_log": "column",
         "D": "column",
         "dt_bias": "column",
@@ -88,8 +81,7 @@ class Mamba2(Mixer):
         convolutions = (self.x_conv, self.b_conv, self.c_conv)
         streams = (inputs.x, inputs.b, inputs.c)
         x, b, c = run_convolutions(streams, convolutions, context, state, self.spec.activation)
-        # Masked again: a bias in the convolution makes something of nothing.
-        x = context.mask_padding(x).unflatten(-1, (-1, self.spec.head_dim))
+        x = x.unflatten(-1, (-1, self.spec.head_dim))
         b, c = (stream.unflatten(-1, (-1, self.spec.state_size)) for stream in (b, c))
         step = F.softplus(inputs.dt.float() + self.dt_bias.float()).clamp(*self.spec.time_step_limit)
         decay = -self.A_log.float().exp() * step
@@ -107,17 +99,14 @@ class Mamba2(Mixer):
     @classmethod
     def initialisers(cls, spec: Mamba2Spec, hidden_size: int) -> dict[str, Initialiser]:
         """Rates uniform in 1 to 16 and steps log-uniform in 0.001 to 0.1, as published (arXiv 2405.21060)."""
-        bound = spec.conv_kernel**-0.5
         started: dict[str, Initialiser] = {
-            **{f"{name}_proj.weight": Normal(std=0.02) for name in PROJECTIONS},
-            **{f"{name}_conv.weight": Uniform(-bound, bound) for name in CONVOLUTIONS},
+            **{f"{name}.weight": Normal(std=0.02) for name in PROJECTIONS},
+            **convolution_initialisers(CONVOLUTIONS, spec.conv_kernel, spec.conv_bias),
             "A_log": LogUniform(1.0, 16.0),
             "D": Constant(1.0),
             "dt_bias": InverseSoftplusLogUniform(0.001, 0.1, floor=1e-4),
             "norm.weight": Constant(1.0),
         }
         if spec.projection_bias:
-            started |= {f"{name}_proj.bias": Constant(0.0) for name in PROJECTIONS}
-        if spec.conv_bias:
-            started |= {f"{name}_conv.bias": Constant(0.0) for name in CONVOLUTIONS}
+            started |= {f"{name}.bias": Constant(0.0) for name in PROJECTIONS}
         return started

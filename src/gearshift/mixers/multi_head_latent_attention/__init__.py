@@ -35,6 +35,8 @@ class MultiHeadLatentAttentionSpec(MixerSpec):
     """Rotary positions of the `qk_rope_head_dim` channels; null for none."""
     interleaved: bool = False
     """Whether channels 2i and 2i + 1 are rotated together, in place of i and i + qk_rope_head_dim / 2."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """The share of attention weights that are dropped at random where it learns; never where it only runs."""
 
     def resolved(self, hidden_size: int) -> Self:
         if self.rotary is None:

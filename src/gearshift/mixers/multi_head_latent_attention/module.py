@@ -61,6 +61,8 @@ class MultiHeadLatentAttention(Mixer):
         self.o_proj = nn.Linear(spec.heads * spec.v_head_dim, hidden_size, bias=spec.bias)
         # Transformers' attention functions read it from the module they are given, like the class attributes above.
         self.config = SimpleNamespace(_attn_implementation=None)
+        # The attention functions apply its rate; it stands here so that training sees that something is random.
+        self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
 
     def project(self, hidden: Tensor, context: MixContext) -> Latents:
         nope, rope = self.spec.qk_nope_head_dim, self.spec.qk_rope_head_dim
@@ -92,7 +94,7 @@ class MultiHeadLatentAttention(Mixer):
             value,
             attention_mask(query, key.shape[2], context),
             scaling=self.spec.scale,
-            dropout=0.0,
+            dropout=self.spec.dropout if self.training else 0.0,
             **packing(context),
         )
         return output

@@ -1,7 +1,7 @@
 """The mixture of experts as a module, on transformers' experts interface."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from gearshift.plan import Constant, Initialiser, Normal
 
 class Router(nn.Module):
     """Chooses experts for each token and weighs them."""
+
+    keep_in_float32: ClassVar[tuple[str, ...]] = ("correction_bias",)
+    """Parameters that a model keeps in float32 whatever dtype it is loaded in: rounded, they change who is chosen."""
 
     def __init__(self, spec: MixtureOfExpertsSpec, hidden_size: int):
         super().__init__()
