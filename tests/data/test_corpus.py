@@ -123,10 +123,15 @@ def test_what_is_held_out_is_spread_and_never_drawn(tmp_path: Path) -> None:
     assert len(rest) == 17
     epoch = drawn(rest, range(17))
     assert sorted(epoch) == sorted(f"{text}|" for number, text in enumerate(alphabet(20)) if number not in (0, 10, 19))
+    less, more_held_out = rest.split(2)
+    epoch = drawn(less, range(15)) + [spelled(row) for row in (*held_out.tokens, *more_held_out.tokens)]
+    assert sorted(epoch) == sorted(f"{text}|" for text in alphabet(20))
     mixed = corpus(tmp_path, alphabet(20), alphabet(9), weights=(3, 1)).split(4)[1]
     assert len(mixed) == 4
-    with pytest.raises(ValueError, match="gives 20 sequences of 8 tokens: too few to hold out 20"):
+    with pytest.raises(ValueError, match="the text gives 20 sequences of 8 tokens: too few to hold out 20"):
         made.split(20)
+    with pytest.raises(ValueError, match=r"the text in .*0.jsonl gives 20 sequences of 8 tokens: too few"):
+        corpus(tmp_path, alphabet(20), alphabet(9), weights=(30, 1)).split(25)
 
 
 def test_what_is_held_out_in_memory_is_the_same(tmp_path: Path) -> None:

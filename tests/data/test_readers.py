@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gearshift.data import readers
+from gearshift.data import DataSource, readers
 from gearshift.data.readers import Dataset, Documents, Files, read_text
 
 
@@ -78,6 +78,7 @@ BAD = {
     "list.jsonl": (b'["x"]', r"list.jsonl, line 1: not an object with the key 'text'"),
     "key.jsonl": (b'{"body": "x", "id": 1}', r"line 1: there is no column 'text'; there is body, id"),
     "type.jsonl": (b'{"text": "x"}\n{"text": 3}', r"line 2: 'text' is not a text but int"),
+    "half.jsonl": (b'{"text": "ab\\ud800"}', r"line 1: 'text' is not Unicode text: character 2 is half of a pair"),
     "null.jsonl": (b'{"text": null}', r"line 1: 'text' is not a text but null"),
     "bad.parquet": (b"PAR1 nonsense", r"bad.parquet cannot be read as parquet"),
 }
@@ -139,6 +140,8 @@ def test_a_dataset_of_the_hub(hub) -> None:
     assert hub == [("org/name", "en", "train")]
     assert documents(reader) == ["x", "y"]
     assert json.dumps(reader.identity()) == json.dumps(Dataset("org/name", "en", "train").identity())
+    assert documents(DataSource(dataset="org/name").reader()) == ["x", "y"]
+    assert hub[-1] == ("org/name", None, "train")
     with pytest.raises(ValueError, match="the dataset 'org/name': there is no column 'body'; there is text, id"):
         Dataset("org/name", None, "train", "body")
     with pytest.raises(ValueError, match=r"'org/other' cannot be loaded: Couldn't reach org/other$"):

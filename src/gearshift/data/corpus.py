@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -78,6 +78,10 @@ class Cut:
         """Which sequence of the source is number `number` of those that count."""
         return number + int(np.searchsorted(self._gaps, number, side="right"))
 
+    def without(self, places: Sequence[int]) -> "Cut":
+        """The same with these sequences of the source held out too."""
+        return replace(self, held_out=np.union1d(self.held_out, np.array(places, np.int64)))
+
     def read(self, place: int) -> tuple[np.ndarray, np.ndarray]:
         """A sequence of the source: its tokens [length], and where documents begin in it [length], bool."""
         first = place * self.length
@@ -116,15 +120,20 @@ class Corpus:
 
     def split(self, held_out: int) -> tuple["Corpus", TokenSequences]:
         """(the rest, `held_out` sequences: each source's share, spread evenly over it). ValueError if none is left."""
+        if held_out < 1:
+            raise ValueError(f"at least one sequence can be held out, not {held_out}")
         wanted = np.bincount(
             [interleaved(number, self.shares)[0] for number in range(held_out)], minlength=len(self.cuts)
         )
         for cut, count in zip(self.cuts, wanted, strict=True):
             if not count < len(cut):
-                raise ValueError(too_few(len(cut), self.length, count))
-        places = [spread(count, len(cut)) for cut, count in zip(self.cuts, wanted, strict=True)]
-        rest = [Cut(cut.file, cut.length, chosen) for cut, chosen in zip(self.cuts, places, strict=True)]
-        batch = self._read([(source, int(place)) for source, chosen in enumerate(places) for place in chosen])
+                raise ValueError(too_few(len(cut), self.length, count, _where(cut, self.cuts)))
+        places = [
+            [cut.place(int(number)) for number in spread(count, len(cut))]
+            for cut, count in zip(self.cuts, wanted, strict=True)
+        ]
+        rest = [cut.without(chosen) for cut, chosen in zip(self.cuts, places, strict=True)]
+        batch = self._read([(source, place) for source, chosen in enumerate(places) for place in chosen])
         return Corpus(rest, self.shares, self.boundaries), TokenSequences(batch.tokens, batch.starts)
 
     def digest(self) -> str:
@@ -155,7 +164,11 @@ def open_corpus(
     cuts = [Cut(tokenised(reader, tokenizer, cache), length) for reader in readers]
     for cut in cuts:
         if not len(cut):
-            tokens = len(cut.file.tokens)
-            where = f" in {cut.file.name}" if len(cuts) > 1 else ""
-            raise ValueError(f"the text{where} is too short: {tokens} tokens do not make one sequence of {length}")
+            text, tokens = f"the text{_where(cut, cuts)}", len(cut.file.tokens)
+            raise ValueError(f"{text} is too short: {tokens} tokens do not make one sequence of {length}")
     return Corpus(cuts, shares([source.weight for source in sources] or [1.0]), boundaries)
+
+
+def _where(cut: Cut, cuts: Sequence[Cut]) -> str:
+    """Which source is meant, where there are several."""
+    return f" in {cut.file.name}" if len(cuts) > 1 else ""

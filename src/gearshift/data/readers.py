@@ -188,4 +188,8 @@ def _check_column(where: str, field: str, names: Any) -> None:
 def _text(value: Any, field: str, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where}: {field!r} is not a text but {'null' if value is None else type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {field!r} is not Unicode text: character {error.start} is half of a pair") from None
     return value

@@ -15,11 +15,6 @@ from gearshift.data.order import shuffled
 class Sequences(Protocol):
     """What a model learns from: an endless row of sequences, each of them a function of its number and the seed."""
 
-    @property
-    def length(self) -> int:
-        """Tokens a sequence."""
-        ...
-
     def draw(self, numbers: Iterable[int], seed: int = 0) -> Batch:
         """The sequences at these places of the order that `seed` decides. Each epoch has another order."""
         ...
@@ -70,10 +65,10 @@ def spread(count: int, size: int) -> np.ndarray:
     return np.linspace(0, size - 1, count).round().astype(np.int64)
 
 
-def too_few(sequences: int, length: int, held_out: int) -> str:
+def too_few(sequences: int, length: int, held_out: int, where: str = "") -> str:
     """Why `held_out` sequences cannot be held out."""
     return (
-        f"the text gives {sequences} sequences of {length} tokens: too few to hold out {held_out} and"
+        f"the text{where} gives {sequences} sequences of {length} tokens: too few to hold out {held_out} and"
         " train on the rest; use more text or shorter sequences"
     )
 
