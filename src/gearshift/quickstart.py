@@ -187,6 +187,7 @@ class Job:
             model=str(self.out / "converted"),
             output=str(self.out / "training"),
             text=str(self.text_file),
+            data_cache=str(self.out / "tokens"),
             sequence_length=self.settings.sequence_length,
             held_out=self.settings.held_out,
             checkpoint_every=8,
@@ -295,7 +296,8 @@ class Job:
     def held_out(self) -> TokenSequences:
         """What training holds out: the same sequences that `train` leaves alone."""
         source = DataSource(path=str(self.text_file))
-        sequences = open_corpus([source], self.tokenizer, self.settings.sequence_length)
+        length = self.settings.sequence_length
+        sequences = open_corpus([source], self.tokenizer, length, cache=self.out / "tokens")
         return sequences.split(self.settings.held_out)[1]
 
     @property
