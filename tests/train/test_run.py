@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gearshift import Placement
+from gearshift.settings import load_settings
 from gearshift.train import Callback, Recipe, Record, StepRecord, TensorBoard, read_records, train
 from tests.models import supernet, tokens
 
@@ -207,3 +208,42 @@ def test_numbers_that_json_lacks_become_null(source: Path, unbroken: Path) -> No
     )  # fmt: skip
     line = json.loads(step.to_json())
     assert (line["gradient_norm"], line["terms"], line["placement"]) == (None, {"activation": None}, "a*2")
+
+
+def test_several_sources_resumed_are_the_unbroken_run(source: Path, tmp_path: Path) -> None:
+    rows = [{"body": f"DOCUMENT {number} OF THE SECOND SOURCE. "} for number in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [
+        {"path": str(source / "text.txt"), "weight": 3},
+        {"path": str(tmp_path / "rows.jsonl"), "field": "body", "weight": 1},
+    ]
+    more = {"text": None, "data": data, "documents": "packed", "held_out": 4}
+    unbroken = recipe(source, tmp_path / "unbroken", data_cache=str(tmp_path / "cache"), **more)
+    train(unbroken)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*/tokens.bin")}
+    assert len(written) == 2
+    broken = recipe(source, tmp_path / "broken", data_cache=str(tmp_path / "cache"), **more)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, callbacks=[Interrupt(4)])
+    assert train(broken).resumed_at == 4
+    assert timeless(tmp_path / "broken") == timeless(tmp_path / "unbroken")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*/tokens.bin")} == written
+    with pytest.raises(ValueError, match="there, 'documents' was 'packed', not 'joined'"):
+        train(recipe(source, tmp_path / "broken", **more | {"documents": "joined"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["data=[{path: a}]", "text=b"], "give either text or data"),
+        (["data=[{path: a, dataset: b}]"], "data.0: give each source either a path or a dataset"),
+        (["data=[{path: a, weigth: 2}]"], "unknown key 'data.0.weigth': did you mean weight?"),
+        (["data=[{path: a, weight: -1}]"], "data.0.weight: input should be greater than 0, not -1"),
+        (["documents=apart"], "documents: input should be 'joined' or 'packed', not 'apart'"),
+    ],
+)
+def test_sources_that_make_no_sense_are_refused_in_a_sentence(changes: list[str], sentence: str) -> None:
+    stages = "stages=[{type: layerwise, steps: 1}]"
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load_settings(Recipe, None, ["model=m", "output=o", stages, *changes])
+    assert "\n" not in str(caught.value)

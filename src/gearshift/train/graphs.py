@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gearshift.data import Batch
 from gearshift.mixers.base import MixContext
 from gearshift.model import GearshiftForCausalLM
 from gearshift.spec import Placement
@@ -26,32 +27,34 @@ WARM_UP = 3
 
 
 class Graphed(Generic[T]):
-    """A function of token ids on CUDA that becomes one CUDA graph.
+    """A function of a batch on CUDA that becomes one CUDA graph.
 
     The function must launch the same kernels at every call and read nothing back. Gradients that it adds stay where
     they are from the first call on: set them to zero, never to None. What it returns is overwritten by the next call.
     """
 
-    def __init__(self, function: Callable[[Tensor], T]):
+    def __init__(self, function: Callable[[Batch], T]):
         self.function = function
         self._graph: torch.cuda.CUDAGraph | None = None
         self._calls = 0
 
-    def __call__(self, tokens: Tensor) -> T:
-        """`function(tokens)`. Calls with another shape than the first one's run as they are."""
+    def __call__(self, batch: Batch) -> T:
+        """`function(batch)`. Packed documents, and calls of another shape than the first one's, run as they are."""
+        if batch.starts is not None:
+            return self.function(batch)
         if self._calls == 0:
-            self._tokens = tokens.clone()
-        if tokens.shape != self._tokens.shape:
-            return self.function(tokens)
-        self._tokens.copy_(tokens)
+            self._batch = Batch(batch.tokens.clone())
+        if batch.tokens.shape != self._batch.tokens.shape:
+            return self.function(batch)
+        self._batch.tokens.copy_(batch.tokens)
         self._calls += 1
         if self._calls <= WARM_UP:
             with _side_stream():
-                return self.function(self._tokens)
+                return self.function(self._batch)
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
             with _recording(self._graph):
-                self._result = self.function(self._tokens)
+                self._result = self.function(self._batch)
         self._graph.replay()
         return self._result
 

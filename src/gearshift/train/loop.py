@@ -2,17 +2,18 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gearshift.data import TokenSequences
+from gearshift.data import Batch, Sequences, TokenSequences
 from gearshift.mixers.base import Mixer
 from gearshift.model import GearshiftForCausalLM
+from gearshift.plan.ahead import made_ahead
 from gearshift.train.layerwise import LayerwiseRun
 from gearshift.train.metrics import CalibrationRecord, Callback, Record, StageEndRecord, StepRecord
 from gearshift.train.noise import is_noisy, seeded, set_modes
@@ -21,6 +22,9 @@ from gearshift.train.recipe import DistillationSettings, LayerwiseStage
 from gearshift.train.stage import Engine, Precision, StageRun
 from gearshift.train.steps import BlockSteps
 from gearshift.train.stochastic import StochasticRun
+
+AHEAD = 3
+"""Batches in memory: the one of this step, and those made while it runs."""
 
 
 class TrainingDivergedError(RuntimeError):
@@ -45,7 +49,7 @@ class Distiller:
     def __init__(
         self,
         model: GearshiftForCausalLM,
-        sequences: TokenSequences,
+        sequences: Sequences,
         settings: DistillationSettings,
         teacher: GearshiftForCausalLM | None = None,
         held_out: TokenSequences | None = None,
@@ -126,8 +130,9 @@ class Distiller:
             yield self._calibrate(index, run)
         if self.optimiser is None:
             self.optimiser = self.make_optimiser()
-        while self.progress.step < stage.steps:
-            yield self._step(index, run)
+        with closing(self._batches(index)) as batches:
+            for batch in batches:
+                yield self._step(index, run, batch)
         held_out = self._measure(index, run)
         ended = self.global_step
         self.progress, self.optimiser = Progress(index + 1), None
@@ -136,7 +141,7 @@ class Distiller:
     def _calibrate(self, index: int, run: StageRun) -> CalibrationRecord:
         started = time.perf_counter()
         self.model.eval()  # what is fitted must not depend on what dropout leaves of it
-        errors = run.calibrate(self._batch(index, 0, run.calibration_sequences()))
+        errors = run.calibrate(self._batch(index, 0, run.calibration_sequences()).to(self.device))
         set_modes(self.model)
         seconds = time.perf_counter() - started
         kind = self.settings.stages[index].type
@@ -144,15 +149,14 @@ class Distiller:
             stage=index, type=kind, step=0, global_step=self.global_step, seconds=seconds, **errors
         )
 
-    def _step(self, index: int, run: StageRun) -> StepRecord:
+    def _step(self, index: int, run: StageRun, batch: Batch) -> StepRecord:
         started = time.perf_counter()
         stage, settings, step = self.settings.stages[index], self.settings, self.progress.step
         global_step = self._steps_before(index) + step
         assert self.optimiser is not None
         rate = stage.learning_rate * schedule(step, stage.steps, stage.schedule or settings.schedule)
         set_learning_rate(self.optimiser, rate)
-        batch = self._batch(index, step, settings.batch_size_of(index))
-        parts = batch.chunk(settings.parts_of(index))
+        parts = batch.to(self.device).split(len(batch) // settings.parts_of(index))
         with seeded(self.device, settings.seed, global_step) if self.noisy else nullcontext():
             terms = _average(parts, lambda part, share: run.learn(part, global_step, share))
         norm = clip(run.clip_groups(), settings.optimiser.clip_norm)
@@ -174,7 +178,7 @@ class Distiller:
             total_steps=settings.total_steps,
             learning_rate=rate,
             gradient_norm=float(norm),
-            tokens=batch.numel(),
+            tokens=batch.tokens.numel(),
             seconds=time.perf_counter() - started,
             **said,
             **run.describe_step(global_step),
@@ -185,9 +189,9 @@ class Distiller:
         if self.held_out is None:
             return None
         size = self.settings.batch_size_of(index) // self.settings.parts_of(index)
-        tokens = self.held_out.tokens.to(self.device)
+        parts = self.held_out.all.to(self.device).split(size)
         self.model.eval()
-        terms = _average(tokens.split(size), lambda part, share: run.measure(part))
+        terms = _average(parts, lambda part, share: run.measure(part))
         set_modes(self.model)
         assert terms is not None
         return run.describe(_read(terms))
@@ -201,13 +205,22 @@ class Distiller:
         chunk = settings.loss_chunk or (256 if self.device.type == "cpu" else 2048)
         return StochasticRun(self.model, self.teacher, self.engine, stage, settings.seed, chunk)
 
-    def _batch(self, index: int, step: int, count: int) -> Tensor:
-        """`count` sequences from where step `step` of stage `index` begins, [count, tokens]. Stages share one order."""
+    def _batches(self, index: int) -> Generator[Batch, None, None]:
+        """The batches of the steps that are left of stage `index`, made in the background. To be closed."""
+        steps = range(self.progress.step, self.settings.stages[index].steps)
+        size = self.settings.batch_size_of(index)
+        return made_ahead(steps, lambda step: self._batch(index, step, size), lambda step: 1, AHEAD)
+
+    def _batch(self, index: int, step: int, count: int) -> Batch:
+        """`count` sequences from where step `step` of stage `index` begins, not yet on the device.
+
+        Stages share one order.
+        """
         sizes = [self.settings.batch_size_of(stage) for stage in range(index + 1)]
         before = sum(size * stage.steps for size, stage in zip(sizes, self.settings.stages[:index], strict=False))
         first = before + step * sizes[index]
-        drawn = [self.sequences.batch(number, 1, self.settings.seed) for number in range(first, first + count)]
-        return torch.cat(drawn).to(self.device)
+        batch = self.sequences.draw(range(first, first + count), self.settings.seed)
+        return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _steps_before(self, index: int) -> int:
         return sum(stage.steps for stage in self.settings.stages[:index])
@@ -215,7 +228,7 @@ class Distiller:
 
 def distil(
     model: GearshiftForCausalLM,
-    sequences: TokenSequences,
+    sequences: Sequences,
     settings: DistillationSettings,
     on_record: Callable[[Record], None] | None = None,
     callbacks: Sequence[Callback] = (),
@@ -250,7 +263,7 @@ def _engine(settings: DistillationSettings, device: torch.device, noisy: bool) -
 
 
 def _average(
-    batches: Sequence[Tensor], judge: Callable[[Tensor, float], dict[Any, Tensor] | None]
+    batches: Sequence[Batch], judge: Callable[[Batch, float], dict[Any, Tensor] | None]
 ) -> dict[Any, Tensor] | None:
     """The mean of `judge(part, share)` over parts, weighted by their sequences. None if there was nothing to judge."""
     total: dict[Any, Tensor] = {}

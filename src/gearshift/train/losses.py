@@ -24,9 +24,13 @@ def activation_error(output: Tensor, target: Tensor) -> Tensor:
     return (wrong / target.square().sum((1, 2)).clamp_min(torch.finfo(torch.float).tiny)).mean()
 
 
-def next_tokens(tokens: Tensor) -> Tensor:
-    """The label of each position of `tokens` [batch, tokens]: the token after it, `IGNORED` at the end."""
-    return F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
+def next_tokens(tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The label of each position of `tokens` [batch, tokens]: the token after it, `IGNORED` at the end.
+
+    The end is each document's if `cu_seqlens` (see `MixContext`, on the tokens' device) says where documents are.
+    """
+    labels = F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
+    return labels if cu_seqlens is None else labels.index_fill(1, cu_seqlens[1:].long() - 1, IGNORED)
 
 
 def head_losses(

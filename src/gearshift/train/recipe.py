@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from gearshift.data import Boundaries, DataSource
 from gearshift.settings import load_settings
 from gearshift.spec import Spec
 from gearshift.train.sampling import AllocationSampling, Sampling, normalised
@@ -173,7 +174,13 @@ class Recipe(DistillationSettings):
     teacher: str = "self"
     """`self`: the model under its main placement. Or the folder of a reference model of the same shape."""
     text: str | None = None
-    """A file, or a folder of text files. Null: the English text that every Python carries."""
+    """A file, or a folder: short for one source of `data`. With neither, the English text that every Python carries."""
+    data: tuple[DataSource, ...] = ()
+    """The sources of text, mixed by their weights."""
+    documents: Boundaries = "joined"
+    """`joined`: a sequence is one text, whatever documents it holds. `packed`: documents do not see each other."""
+    data_cache: str | None = None
+    """The folder for tokenised text; null: `tokens` in $GEARSHIFT_CACHE, by itself in the user's cache folder."""
     sequence_length: int = Field(default=1024, ge=2)
     """Tokens a sequence."""
     held_out: int = Field(default=0, ge=0)
@@ -186,6 +193,17 @@ class Recipe(DistillationSettings):
     """Whether to write TensorBoard's files as well, to `tensorboard` in the output folder."""
     log_every: int = Field(default=10, ge=1)
     """Steps between the points in TensorBoard. The record always has every step."""
+
+    @model_validator(mode="after")
+    def _one_text(self) -> Self:
+        if self.text is not None and self.data:
+            raise ValueError("give either text or data: text is short for data with one path")
+        return self
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """The sources of text; none for the text that Python carries."""
+        return self.data if self.text is None else (DataSource(path=self.text),)
 
     @field_validator("model", "output", "teacher")
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gearshift.data import Batch
 from gearshift.model import GearshiftForCausalLM
 from gearshift.train.steps import BlockSteps
 
@@ -65,20 +66,20 @@ class StageRun(ABC):
         """How many sequences the stage wants to calibrate on before its first step; 0 if it does not."""
         return 0
 
-    def calibrate(self, tokens: Tensor) -> dict[str, LayerErrors]:
-        """Calibrate on `tokens` [sequences, tokens]. Returns the errors `before`, `scaled` and `after`."""
+    def calibrate(self, batch: Batch) -> dict[str, LayerErrors]:
+        """Calibrate on `batch`. Returns the errors `before`, `scaled` and `after`."""
         raise NotImplementedError
 
     @abstractmethod
-    def learn(self, tokens: Tensor, step: int, share: float) -> Terms | None:
-        """Add the gradient of `share` times the loss on `tokens` [batch, tokens]. None if step `step` has none to add.
+    def learn(self, batch: Batch, step: int, share: float) -> Terms | None:
+        """Add the gradient of `share` times the loss on `batch`. None if step `step` has none to add.
 
         `step` counts from the start of the run, over all stages.
         """
 
     @abstractmethod
-    def measure(self, tokens: Tensor) -> Terms:
-        """Judge `tokens` [batch, tokens], which are not trained on."""
+    def measure(self, batch: Batch) -> Terms:
+        """Judge `batch`, which is not trained on."""
 
     @abstractmethod
     def describe(self, values: Mapping[Any, float]) -> dict[str, Any]:

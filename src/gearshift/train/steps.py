@@ -55,9 +55,9 @@ class BlockSteps:
         """The mixer's output, and what the next block reads."""
         return self._leave(block, mixer, hidden, result)
 
-    def error(self, mixer: Mixer, result: Any, target: Tensor) -> Tensor:
-        """The normalised error of the mixer's output."""
-        return self._error(mixer, result, target)
+    def error(self, mixer: Mixer, result: Any, target: Tensor, rows: int) -> Tensor:
+        """The normalised error of the mixer's output, both cut into `rows` sequences if they are packed."""
+        return self._error(mixer, result, target, rows)
 
 
 def _as_it_is(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,5 +81,6 @@ def _leave(block: Block, mixer: Mixer, hidden: Tensor, result: Any) -> tuple[Ten
     return output, block.feed(block.add_mixed(hidden, output))
 
 
-def _error(mixer: Mixer, result: Any, target: Tensor) -> Tensor:
-    return activation_error(mixer.output(result), target)
+def _error(mixer: Mixer, result: Any, target: Tensor, rows: int) -> Tensor:
+    output, target = (x.reshape(rows, -1, x.shape[-1]) for x in (mixer.output(result), target))
+    return activation_error(output, target)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gearshift.data import Batch
 from gearshift.mixers.base import MixContext
 from gearshift.model import GearshiftForCausalLM
 from gearshift.spec import Placement
@@ -50,7 +51,7 @@ class StochasticRun(StageRun):
         self.noisy = is_noisy(model)
         stage.sampling.check(self.choices, self.presets)
         self._layers: GraphedLayers | None = None
-        self._teach: Callable[[Tensor], Taught] = self._taught
+        self._teach: Callable[[Batch], Taught] = self._taught
         if self.graphs:
             self._teach = Graphed(self._taught)
 
@@ -58,23 +59,23 @@ class StochasticRun(StageRun):
         """The placement of step `step`, counted over all stages."""
         return self.stage.sampling.sample(self.choices, self.presets, self.seed, step)
 
-    def learn(self, tokens: Tensor, step: int, share: float) -> Terms | None:
+    def learn(self, batch: Batch, step: int, share: float) -> Terms | None:
         placement = self.placement(step)
         if not self._learns(placement):
             return None
-        loss, terms = self._judge(tokens, placement, self.stage.losses.model_dump())
+        loss, terms = self._judge(batch, placement, self.stage.losses.model_dump())
         (loss * share).backward()
         return {"loss": loss.detach(), **terms}
 
     @torch.no_grad()
-    def measure(self, tokens: Tensor) -> Terms:
+    def measure(self, batch: Batch) -> Terms:
         """Forward KL of each placement that has one mixer wherever it is offered, and the main one elsewhere."""
         names = dict.fromkeys(name for offered in self.choices for name in offered)
         main = self.model.spec.main
         divergences: Terms = {}
         for name in names:
             pure = Placement(name if name in offered else main[layer] for layer, offered in enumerate(self.choices))
-            divergences[name] = self._judge(tokens, pure, {"forward_kl": 1.0})[1]["forward_kl"]
+            divergences[name] = self._judge(batch, pure, {"forward_kl": 1.0})[1]["forward_kl"]
         return divergences
 
     def _learns(self, placement: Placement) -> bool:
@@ -85,30 +86,32 @@ class StochasticRun(StageRun):
         return own or (not self.own_teacher and any(parameter.requires_grad for parameter in _shared(self.model)))
 
     def _judge(
-        self, tokens: Tensor, placement: Placement, weights: Mapping[str, float]
+        self, batch: Batch, placement: Placement, weights: Mapping[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted loss of `placement` on `tokens` [batch, tokens], and its terms."""
+        """The weighted loss of `placement` on `batch`, and its terms."""
         body = self.model.model
         activation = weights.get("activation", 0.0)
         recompute = self.stage.recompute and torch.is_grad_enabled()
-        taught = self._teach(tokens)
+        taught = self._teach(batch)
         errors: list[Tensor] = []
 
         def compare(layer: int, output: Tensor) -> None:
             if activation > 0:
-                errors.append(activation_error(output, taught.outputs[layer]))
+                errors.append(activation_error(batch.by_row(output), batch.by_row(taught.outputs[layer])))
 
         with self.precision():
-            hidden = body.embed(tokens)
-            recorded = None if recompute or activation > 0 else self._recorded_layers(hidden)
+            hidden = body.embed(batch.inputs)
+            context = body.context(hidden, cu_seqlens=batch.cu_seqlens)
+            plain = recompute or activation > 0 or batch.starts is not None
+            recorded = None if plain else self._recorded_layers(hidden)
             if recorded is not None:
                 hidden = recorded.run(hidden, placement)
             else:
-                hidden = self._run_layers(self.model, hidden, body.context(hidden), placement, compare, recompute)
+                hidden = self._run_layers(self.model, hidden, context, placement, compare, recompute)
             loss, terms = head_losses(
                 body.norm(hidden),
                 taught.final,
-                next_tokens(tokens),
+                next_tokens(batch.inputs, context.cu_seqlens),
                 self.model.lm_head.weight,
                 self.teacher.lm_head.weight,
                 weights,
@@ -124,8 +127,8 @@ class StochasticRun(StageRun):
         return loss, terms
 
     @torch.no_grad()
-    def _taught(self, tokens: Tensor) -> Taught:
-        """The teacher's forward over `tokens` [batch, tokens]. What it keeps does not grow with the vocabulary."""
+    def _taught(self, batch: Batch) -> Taught:
+        """The teacher's forward over `batch`. What it keeps does not grow with the vocabulary."""
         outputs: list[Tensor] = []
 
         def keep(layer: int, output: Tensor) -> None:
@@ -133,8 +136,8 @@ class StochasticRun(StageRun):
                 outputs.append(output)
 
         with self.precision():
-            hidden = self.teacher.model.embed(tokens)
-            context = self.teacher.model.context(hidden)
+            hidden = self.teacher.model.embed(batch.inputs)
+            context = self.teacher.model.context(hidden, cu_seqlens=batch.cu_seqlens)
             hidden = self._run_layers(self.teacher, hidden, context, self.teacher.spec.main, keep)
             return Taught(self.teacher.model.norm(hidden), outputs)
 
