@@ -115,7 +115,7 @@ def train(
 ) -> None:
     """Distil a supernet by a recipe. Run again, it goes on from its last checkpoint."""
     from gearshift.progress import bar
-    from gearshift.train import StepRecord, load_recipe
+    from gearshift.train import StepRecord, TrainingDivergedError, load_recipe
     from gearshift.train import train as run_recipe
 
     settings = load_recipe(recipe, overrides or [])
@@ -128,7 +128,11 @@ def train(
                 advance(record.global_step + 1 - done)
                 done = record.global_step + 1
 
-        result = run_recipe(settings, watch)
+        try:
+            result = run_recipe(settings, watch)
+        except TrainingDivergedError as error:
+            err.print(str(error), soft_wrap=True, highlight=False, markup=False)
+            raise typer.Exit(1) from None
     if result.already_finished:
         out.print(f"{result.model}: this run was finished before, nothing is left to do")
     else:

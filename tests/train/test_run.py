@@ -104,6 +104,19 @@ def test_a_resumed_run_is_the_unbroken_run(source: Path, unbroken: Path, tmp_pat
         assert (tmp_path / "run" / "model" / file).read_bytes() == (unbroken / "model" / file).read_bytes()
 
 
+@pytest.mark.parametrize("at", [2, 5])
+def test_averages_are_resumed_too(source: Path, tmp_path: Path, at: int) -> None:
+    runs = {name: recipe(source, tmp_path / name, held_out=2, ema=0.9) for name in ("unbroken", "resumed")}
+    train(runs["unbroken"])
+    with pytest.raises(KeyboardInterrupt):
+        train(runs["resumed"], callbacks=[Interrupt(at)])
+    assert (next((tmp_path / "resumed" / "checkpoints").iterdir()) / "average.pt").exists()
+    train(runs["resumed"])
+    assert timeless(tmp_path / "resumed") == timeless(tmp_path / "unbroken")
+    written = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in runs]
+    assert written[0] == written[1]
+
+
 def test_a_kill_while_a_checkpoint_is_written_costs_only_that_checkpoint(
     source: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

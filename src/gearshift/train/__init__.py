@@ -1,6 +1,7 @@
 """Distillation: a layerwise stage, then a stochastic one, from the model itself."""
 
-from gearshift.train.loop import Distiller, TrainingDivergedError, distil
+from gearshift.train.guard import TrainingDivergedError
+from gearshift.train.loop import Distiller, distil
 from gearshift.train.metrics import (
     CalibrationRecord,
     Callback,

@@ -13,6 +13,9 @@ from torch import Tensor
 from gearshift.data import TokenSequences
 from gearshift.mixers.base import Mixer
 from gearshift.model import GearshiftForCausalLM
+from gearshift.spec import Placement
+from gearshift.train.ema import Average
+from gearshift.train.guard import TrainingDivergedError, first_bad_tensor, guarded_step
 from gearshift.train.layerwise import LayerwiseRun
 from gearshift.train.metrics import CalibrationRecord, Callback, Record, StageEndRecord, StepRecord
 from gearshift.train.noise import seeded, set_modes
@@ -20,10 +23,6 @@ from gearshift.train.optim import clip, learning_rate_scales, make_optimiser, sc
 from gearshift.train.recipe import DistillationSettings, LayerwiseStage
 from gearshift.train.stage import Precision, StageRun
 from gearshift.train.stochastic import StochasticRun
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss is no number any more."""
 
 
 @dataclass
@@ -38,7 +37,7 @@ class Distiller:
     """A distillation of a model in memory.
 
     `run()` goes on from `progress`. Between two of its records, the run is exactly what the model's parameters that
-    learn, `progress` and `optimiser` say: whoever saves and restores the three resumes it.
+    learn, `progress`, `optimiser` and `average` say: whoever saves and restores the four resumes it.
     """
 
     def __init__(
@@ -67,6 +66,7 @@ class Distiller:
         self.held_out = held_out
         self.progress = Progress()
         self.optimiser: torch.optim.AdamW | None = None
+        self.average: Average | None = None
         self.device = model.lm_head.weight.device
         self.precision = Precision(settings.autocast, self.device)
         for module in model.modules():
@@ -96,6 +96,13 @@ class Distiller:
         """A new optimiser for the parameters that learn."""
         return make_optimiser(self.model, self.scales, self.settings.optimiser)
 
+    def make_average(self) -> Average | None:
+        """New averages of the parameters that learn, if the settings ask for them."""
+        if self.settings.ema is None:
+            return None
+        learning = ((name, value) for name, value in self.model.named_parameters() if name in self.scales)
+        return Average(learning, self.settings.ema)
+
     @contextmanager
     def _learning(self) -> Iterator[None]:
         """Let the parameters in `scales`, and no others, have gradients. Puts everything back at the end."""
@@ -117,17 +124,25 @@ class Distiller:
         if self.progress.step == 0 and stage.steps and run.calibration_sequences():
             yield self._calibrate(index, run)
         if self.optimiser is None:
-            self.optimiser = self.make_optimiser()
+            self.optimiser, self.average = self.make_optimiser(), self.make_average()
         while self.progress.step < stage.steps:
             yield self._step(index, run)
+        if self.average is not None:
+            self.average.apply()
         held_out = self._measure(index, run)
         ended = self.global_step
-        self.progress, self.optimiser = Progress(index + 1), None
+        self.progress, self.optimiser, self.average = Progress(index + 1), None, None
         yield StageEndRecord(stage=index, type=stage.type, step=stage.steps, global_step=ended, held_out=held_out)
 
     def _calibrate(self, index: int, run: StageRun) -> CalibrationRecord:
         started = time.perf_counter()
-        errors = run.calibrate(self._batch(index, 0, run.calibration_sequences()))
+        batch = self._batch(index, 0, run.calibration_sequences())
+        try:
+            errors = run.calibrate(batch)
+        except torch.linalg.LinAlgError:
+            raise self._diverged(
+                "the calibration found numbers that are not finite", lambda: run.measure(batch)
+            ) from None
         seconds = time.perf_counter() - started
         kind = self.settings.stages[index].type
         return CalibrationRecord(
@@ -145,15 +160,15 @@ class Distiller:
         parts = batch.chunk(settings.parts_of(index))
         with seeded(self.model, self.device, settings.seed, global_step):
             values = _average(run, parts, lambda part, share: run.learn(part, global_step, share))
+        said = {"loss": None, "terms": {}} if values is None else run.describe(values)
         norm = clip(run.clip_groups(), settings.optimiser.clip_norm)
         if values:
-            self.optimiser.step()
+            self._check(said["loss"], "loss", run, parts)
+            guarded_step(self.optimiser, norm)
+            if self.average is not None:
+                self.average.update()
         self.optimiser.zero_grad(set_to_none=True)
-        said = {"loss": None, "terms": {}} if values is None else run.describe(values)
-        if values is not None and not math.isfinite(said["loss"]):
-            raise TrainingDivergedError(
-                f"the loss became {said['loss']} at step {step} of stage {index} ({stage.type}): lower its rate"
-            )
+        self._check(float(norm), "norm of the gradients", run, parts)
         self.progress.step += 1
         return StepRecord(
             stage=index,
@@ -167,6 +182,31 @@ class Distiller:
             seconds=time.perf_counter() - started,
             **said,
             **run.describe_step(global_step),
+        )
+
+    def _check(self, value: float, what: str, run: StageRun, parts: Sequence[Tensor]) -> None:
+        """TrainingDivergedError if a number of the present step is not finite."""
+        if math.isfinite(value):
+            return
+        step = self.global_step
+
+        def learn_again() -> None:
+            with seeded(self.model, self.device, self.settings.seed, step):
+                _average(run, parts, lambda part, share: run.learn(part, step, share))
+
+        raise self._diverged(f"the {what} became {value}", learn_again, run.describe_step(step).get("placement"))
+
+    def _diverged(
+        self, what: str, again: Callable[[], object], placement: Placement | None = None
+    ) -> TrainingDivergedError:
+        """What to raise in a step that has changed nothing and must not; `again` repeats it."""
+        kind = self.settings.stages[self.progress.stage].type
+        where = kind if placement is None else f"{kind}, placement {placement}"
+        tensor = first_bad_tensor(self.model, self.teacher, again)
+        return TrainingDivergedError(
+            f"{what} at step {self.progress.step} of stage {self.progress.stage} ({where}). The first bad tensor:"
+            f" {tensor}. The step changed nothing, and the last checkpoint is good: mend the model if its values are"
+            " not finite, else lower the learning rate"
         )
 
     def _measure(self, index: int, run: StageRun) -> dict[str, Any] | None:

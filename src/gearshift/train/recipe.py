@@ -127,6 +127,9 @@ class DistillationSettings(Spec):
     Without a match, the factor is 0 for all that the main placement uses, and 1 for everything else."""
     freeze: tuple[str, ...] = ()
     """Globs of parameter names that never learn, whatever their factor."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an exponential moving average of what learns, over the steps that move it. Each stage ends on it: it is
+    what is judged, handed to the next stage and written. Null: none, a stage ends on its last step's values."""
     autocast: Literal["auto", "none", "bfloat16"] = "auto"
     """Precision of the matrix products: `auto` is bfloat16 on CUDA and the weights' own elsewhere."""
     loss_chunk: int | None = Field(default=None, ge=1)
