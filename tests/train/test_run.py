@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gearshift import Placement
-from gearshift.train import Callback, Recipe, Record, StepRecord, TensorBoard, read_records, train
+from gearshift.train import Callback, Recipe, Record, StepRecord, read_records, train
 from tests.models import supernet, tokens
 
 STAGES = (
@@ -199,18 +199,16 @@ def test_another_text_or_a_broken_checkpoint_is_refused(source: Path, tmp_path: 
         train(run)
 
 
-def test_tensorboard_gets_the_curves(source: Path, tmp_path: Path) -> None:
-    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train(recipe(source, tmp_path / "run", tensorboard=True, log_every=2))
-    events = accumulators.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("learning rate")] == [0, 2, 4, 6]
-    assert {"loss", "terms/forward_kl", "mixers/gdn", "tokens a second"} <= set(events.Tags()["scalars"])
-
-
-def test_a_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match="pip install tensorboard"):
-        TensorBoard(tmp_path)
+def test_trackers_are_told_and_a_missing_one_is_refused(source, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("tensorboard")
+    given = recipe(source, tmp_path / "run", trackers=["tensorboard"], log_every=2)
+    train(given)
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    assert train(recipe(source, tmp_path / "run")).already_finished
+    monkeypatch.setattr("gearshift.train.trackers.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="name trackio, which is not installed"):
+        train(recipe(source, tmp_path / "new", trackers=["trackio"]))
+    assert not (tmp_path / "new").exists()
 
 
 def test_numbers_that_json_lacks_become_null(source: Path, unbroken: Path) -> None:

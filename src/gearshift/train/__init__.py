@@ -1,5 +1,6 @@
 """Distillation: a layerwise stage, then a stochastic one, from the model itself."""
 
+from gearshift.records import read_records
 from gearshift.train.guard import TrainingDivergedError
 from gearshift.train.loop import Distiller, distil
 from gearshift.train.metrics import (
@@ -9,8 +10,6 @@ from gearshift.train.metrics import (
     Record,
     StageEndRecord,
     StepRecord,
-    TensorBoard,
-    read_records,
 )
 from gearshift.train.recipe import (
     DistillationSettings,
@@ -49,7 +48,6 @@ __all__ = [
     "StageEndRecord",
     "StepRecord",
     "StochasticStage",
-    "TensorBoard",
     "TrainResult",
     "TrainingDivergedError",
     "UniformSampling",

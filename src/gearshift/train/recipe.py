@@ -176,10 +176,10 @@ class Recipe(DistillationSettings):
     """A device by torch's name; `auto` is CUDA where there is one."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints. There is one at the end of each stage too."""
-    tensorboard: bool = False
-    """Whether to write TensorBoard's files as well, to `tensorboard` in the output folder."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """What shows the run's curves as well: `tensorboard` (in the output folder), `wandb`, `trackio`."""
     log_every: int = Field(default=10, ge=1)
-    """Steps between the points in TensorBoard. The record always has every step."""
+    """Steps between the points in trackers. The record always has every step."""
 
     @field_validator("model", "output", "teacher")
     @classmethod
