@@ -25,9 +25,9 @@ def test_a_step_counts_for_every_mixer_that_it_sampled() -> None:
     tally = Tally(STEPS)
     assert tally.times() == {"a": [2, 2, 1], "b": [2, 2, 3]}
     assert tally.mean_loss() == {"a": [4.0, 3.0, None], "b": [2.5, 3.0, 3.0]}
-    # The running mean is 4 before the loss of 2, and 3.8 before that of 3.
-    assert tally.mean_excess()["b"] == pytest.approx([(-2 - 0.8) / 2, -1.0, (0 - 2 - 0.8) / 3])
-    assert tally.mean_excess()["a"] == [0.0, pytest.approx(-0.8), None]
+    # Beyond the running mean (4 before the loss of 2, 3.8 before that of 3): 0, -2 and -0.8, on average -2.8 / 3.
+    assert tally.mean_excess()["b"] == pytest.approx([-1.4 + 2.8 / 3, -1.0 + 2.8 / 3, 0.0])
+    assert tally.mean_excess()["a"] == [pytest.approx(2.8 / 3), pytest.approx(-0.8 + 2.8 / 3), None]
     assert Tally().times() == Tally().mean_loss() == {}
 
 

@@ -140,6 +140,31 @@ def train(
         out.print(f"{result.model}: {result.steps} steps{resumed}")
 
 
+@app.command(cls=Command)
+def report(
+    run: Annotated[Path, typer.Argument(help="The output folder of a training run.")],
+    target: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The page to write. Default: RUN/report.html.")
+    ] = None,
+) -> None:
+    """Show a run's curves and heat maps so far, as one HTML page and a short table: also while it runs."""
+    from gearshift.report.history import read_history
+    from gearshift.report.run_page import HEADS, left_out, stage_row, status, write_run
+
+    history = read_history(run)
+    page = target or run / "report.html"
+    write_run(history, page)
+    table = Table(box=None)
+    for place, column in enumerate(HEADS):
+        table.add_column(column, justify="right" if 0 < place < len(HEADS) - 1 else "left")
+    for stage in history.stages:
+        table.add_row(*stage_row(stage))
+    out.print(table)
+    for line in (status(history), left_out(history), f"report: {page}"):
+        if line:
+            out.print(line)
+
+
 @app.command("eval", cls=Command)
 def evaluate(
     model: Model,

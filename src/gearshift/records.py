@@ -38,7 +38,7 @@ class Cell:
     loss: float = 0.0
     """Sum of their losses."""
     excess: float = 0.0
-    """Sum of their losses beyond the running mean of the steps before them, which leaves out what time has changed."""
+    """Sum of their losses less the running mean of the steps before them, which leaves out what time has changed."""
 
 
 class Tally:
@@ -52,6 +52,7 @@ class Tally:
         """Count in the steps among the records of one stage."""
         self.cells: dict[str, list[Cell]] = {}
         """Mixer -> its cell in each layer, in order of first use."""
+        self._all = Cell()
         self._trend: float | None = None
         for record in records:
             if record["event"] == "step" and record.get("placement"):
@@ -59,16 +60,16 @@ class Tally:
 
     def add(self, placement: Placement, loss: float | None) -> None:
         """Count in a step. `loss` is None where nothing that ran could learn."""
-        before = self._trend
-        if loss is not None:
-            self._trend = loss if before is None else before + TREND * (loss - before)
-        for layer, mixer in enumerate(placement):
-            cell = self.cells.setdefault(mixer, [Cell() for _ in placement])[layer]
+        before = loss if self._trend is None else self._trend
+        if loss is not None and before is not None:
+            self._trend = before + TREND * (loss - before)
+        cells = [self.cells.setdefault(mixer, [Cell() for _ in placement])[at] for at, mixer in enumerate(placement)]
+        for cell in (self._all, *cells):
             cell.times += 1
-            if loss is not None:
+            if loss is not None and before is not None:
                 cell.judged += 1
                 cell.loss += loss
-                cell.excess += 0.0 if before is None else loss - before
+                cell.excess += loss - before
 
     def times(self) -> dict[str, list[int]]:
         """Mixer -> in each layer, how many steps sampled it."""
@@ -76,14 +77,14 @@ class Tally:
 
     def mean_loss(self) -> dict[str, list[float | None]]:
         """Mixer -> in each layer, the mean loss of the steps that sampled it; None if none did."""
-        return self._mean("loss")
+        return self._mean("loss", 0.0)
 
     def mean_excess(self) -> dict[str, list[float | None]]:
-        """Mixer -> in each layer, how far those losses are above the running mean, on average."""
-        return self._mean("excess")
+        """Mixer -> in each layer, how far those losses are beyond the running mean, more than an average step's is."""
+        return self._mean("excess", self._all.excess / self._all.judged if self._all.judged else 0.0)
 
-    def _mean(self, what: str) -> dict[str, list[float | None]]:
+    def _mean(self, what: str, less: float) -> dict[str, list[float | None]]:
         return {
-            mixer: [getattr(cell, what) / cell.judged if cell.judged else None for cell in cells]
+            mixer: [getattr(cell, what) / cell.judged - less if cell.judged else None for cell in cells]
             for mixer, cells in self.cells.items()
         }
