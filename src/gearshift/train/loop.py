@@ -205,8 +205,8 @@ class Distiller:
         tensor = first_bad_tensor(self.model, self.teacher, again)
         return TrainingDivergedError(
             f"{what} at step {self.progress.step} of stage {self.progress.stage} ({where}). The first bad tensor:"
-            f" {tensor}. The step changed nothing, and the last checkpoint is good: mend the model if its values are"
-            " not finite, else lower the learning rate"
+            f" {tensor}. The step changed nothing, and the last checkpoint is good. If the model came with bad values,"
+            " mend it; else begin a run with a lower learning rate"
         )
 
     def _measure(self, index: int, run: StageRun) -> dict[str, Any] | None:
