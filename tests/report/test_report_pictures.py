@@ -88,6 +88,25 @@ def test_a_linear_heat_map_holds_zero_and_shows_counts_in_full() -> None:
     assert f'--heat:0%" title="a, layer 0: {numbers.MINUS}1.00"' in below
 
 
+def test_rounding_does_not_take_the_whole_scale() -> None:
+    palette = Palette.of(["a", "b"], "a")
+    picture = heat_map([("b", {"": [1e-14, 0.01, 1.0]})], palette)
+    assert all(f"--heat:{share}%" in picture for share in (0, 50, 100))
+    stage = sample(layers=4).training[0]
+    tiny = stage.model_copy(
+        update={
+            "records": tuple(
+                record.model_copy(update={"mixer_losses": {**record.mixer_losses, "window": 1e-14}})
+                for record in stage.records
+            )
+        }
+    )
+    curves = loss_curves(tiny, Palette.of(["attention", "window", "gdn", "kda"], "attention"), "loss")
+    assert curves is not None
+    assert ">window</text>" in curves
+    assert "1e-14" not in curves
+
+
 def test_long_lines_are_smoothed() -> None:
     few = [(step, float(step % 2)) for step in range(60)]
     assert smooth(few) == few

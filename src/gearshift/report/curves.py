@@ -16,6 +16,8 @@ Points = list[tuple[int, float]]
 TERM_STYLES = ((0, (5, 2)), (0, (1, 1.6)), (0, (5, 1.5, 1, 1.5)), (0, (9, 3)))
 FEW_POINTS = 60
 """Up to here a line is drawn as it is, with a mark at every step; a longer one pale, under its running mean."""
+REACH = 1e6
+"""Ratio of the highest to the lowest value that a logarithmic axis shows: what lies below is rounding."""
 WINDOWS = 20
 """How many windows of the running mean a line is long."""
 
@@ -84,7 +86,8 @@ def _plot(axes: Any, points: Points, style: dict[str, Any], smoothed: bool = Tru
     if len(points) > FEW_POINTS and not smoothed:
         axes.plot(*zip(*points, strict=True), **style)
     elif len(points) > FEW_POINTS:
-        axes.plot(*zip(*points, strict=True), **{**style, "linewidth": 0.8, "alpha": 0.3})
+        if "linestyle" not in style:
+            axes.plot(*zip(*points, strict=True), **{**style, "linewidth": 0.8, "alpha": 0.3})
         axes.plot(*zip(*smooth(points), strict=True), **style)
     else:
         axes.plot(*zip(*points, strict=True), marker=".", markersize=4, **style)
@@ -93,6 +96,8 @@ def _plot(axes: Any, points: Points, style: dict[str, Any], smoothed: bool = Tru
 def _scale(axes: Any, values: Sequence[float], logarithmic: bool) -> None:
     if logarithmic and min(values) > 0:
         axes.set_yscale("log")
+        if min(values) < max(values) / REACH:
+            axes.set_ylim(bottom=max(values) / REACH)
     axes.margins(x=0.02)
     _plain_ticks(axes.yaxis)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -125,14 +130,16 @@ def _line(colour: str, width: float = 1.9) -> dict[str, Any]:
 
 
 def _name_ends(figure: Any, axes: Any, ends: Sequence[tuple[str, tuple[int, float], str]]) -> None:
-    """Write each line's name at its end, moved apart where lines end together."""
+    """Write each line's name at its end, moved apart where lines end together; at the bottom if it ends below."""
     figure.draw_without_rendering()
-    heights = [axes.transData.transform(point)[1] for _, point, _ in ends]
-    for (label, point, colour), old, new in zip(ends, heights, spread(heights, gap=14), strict=True):
-        right = axes.get_xlim()[1]
+    right, bottom = axes.get_xlim()[1], axes.get_ylim()[0]
+    anchors = [(right, max(bottom, value)) for _, (_, value), _ in ends]
+    heights = [axes.transData.transform(anchor)[1] for anchor in anchors]
+    moved = zip(ends, anchors, heights, spread(heights, gap=14), strict=True)
+    for (label, _, colour), anchor, old, new in moved:
         axes.annotate(
             label,
-            (right, point[1]),
+            anchor,
             (7, new - old),
             textcoords="offset points",
             color=colour,

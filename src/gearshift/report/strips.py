@@ -11,6 +11,8 @@ from gearshift.spec.placement import Placement
 
 CELL = 9
 """Pixels that a layer needs at least; where there is less room, a strip scrolls."""
+REACH = 1e4
+"""Ratio of the highest to the lowest value that colours of a logarithmic scale tell apart; those below look alike."""
 MANY = 48
 """Layers beyond which cells stand without gaps, which would be wider than the cells."""
 
@@ -63,7 +65,8 @@ class Scale:
         if not logarithmic:
             known.append(0)
         low, high = (min(known), max(known)) if known else (1.0, 1.0)
-        return cls(low, high, logarithmic)
+        # What is equal up to rounding must not take all the colours.
+        return cls(max(low, high / REACH) if logarithmic else low, high, logarithmic)
 
     def share(self, value: float) -> float:
         """0 at the lowest, 1 at the highest, a half where all values are the same."""
