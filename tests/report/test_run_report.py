@@ -137,9 +137,12 @@ def write(folder: Path, **files: str) -> Path:
         ({"recipe": '{"recipe": {}}'}, r"the run in .* has no record yet: try again"),
         ({"metrics": ""}, r"the run in .* has no record yet: try again"),
         ({"metrics": '{"event": "merger"}\n'}, r"no record yet, but for 1 of kind 'merger' that this version"),
-        ({"metrics": '{"event": "step", "stage": 0}\n'}, r"metrics.jsonl cannot be understood \(it lacks 'type'\): if"),
-        ({"metrics": '{"event": "step", "stage": 0, "type": "x", "step": -1, "loss": 1, "terms": {}, "seconds": 1,'
-                     ' "learning_rate": 1, "tokens": 1}\n'}, r"metrics.jsonl cannot be understood \(1 validation"),
+        ({"metrics": '{"event": "stage_end", "stage": 0}\n'}, r"understood \(a stage_end record lacks step, type\)"),
+        ({"metrics": '{"event": "calibration", "stage": 0, "type": "x", "step": 0, "after": {}, "seconds": 1}\n'},
+         r"understood \(a calibration record lacks before\)"),
+        ({"metrics": '{"event": "step", "stage": 0, "type": "x", "step": -1, "global_step": 0, "loss": 1, "terms": {},'
+                     ' "seconds": 1, "learning_rate": 1, "tokens": 1, "gradient_norm": 1}\n'},
+         r"metrics.jsonl cannot be understood \(step: Input should be greater than or equal to 0\)"),
         ({"metrics": '{"event": "step"}\n', "recipe": "{"}, r"recipe.json cannot be understood"),
         ({"metrics": '{"event": "step"}\n', "recipe": "[]"}, r"recipe.json cannot be understood"),
     ],

@@ -11,12 +11,19 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from gearshift.records import Tally, parse_record
 from gearshift.report.data import Stage, TrainingRecord
 
 RECENT = 20
 """Steps over which a stage's present loss and speed are taken."""
-KNOWN = ("step", "calibration", "stage_end")
+KNOWN = {
+    "step": {"global_step", "loss", "terms", "learning_rate", "gradient_norm", "tokens", "seconds"},
+    "calibration": {"before", "after", "seconds"},
+    "stage_end": set[str](),
+}
+"""Kind of record -> what is asked of it beside its place in the run."""
 Rows = dict[str, list[float | None]]
 """Mixer -> a number for each layer."""
 Read = TypeVar("Read")
@@ -209,7 +216,10 @@ def _understood(path: Path, read: Callable[[Path], Read]) -> Read:
     try:
         return read(path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        what = str(error).splitlines()[0]
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise ValueError(
             f"{path} cannot be understood ({what}): if a newer version of Gearshift wrote it, read it with that one"
         ) from None
@@ -224,6 +234,8 @@ def _stages(records: Sequence[dict[str, Any]], recipe: Mapping[str, Any]) -> lis
     plans = [(str(stage["type"]), int(stage["steps"])) for stage in recipe.get("stages", ())]
     by_stage: dict[int, list[dict[str, Any]]] = {}
     for record in records:
+        if lacking := (KNOWN[record["event"]] | {"stage", "type", "step"}) - record.keys():
+            raise ValueError(f"a {record['event']} record lacks {', '.join(sorted(lacking))}")
         by_stage.setdefault(record["stage"], []).append(record)
     for index in range(len(plans), max(by_stage) + 1):
         own = by_stage.get(index, [])

@@ -99,7 +99,7 @@ def _top(history: RunHistory, palette: Palette) -> Html:
         tag("p", " · ".join(filter(None, about)), class_="about"),
         tag("p", status(history), class_="lead"),
         tag("p", tag("b", remark), class_="remark") if remark else None,
-        tag("div", table(HEADS, rows, numeric=(1, 2, 3, 4)), class_="stages"),
+        table(HEADS, rows, numeric=(1, 2, 3, 4)),
         legend(history.mixers, palette),
     ]
     return tag("header", body, id="top")

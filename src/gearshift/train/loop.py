@@ -140,9 +140,9 @@ class Distiller:
         try:
             errors = run.calibrate(batch)
         except torch.linalg.LinAlgError:
-            raise self._diverged(
-                "the calibration found numbers that are not finite", lambda: run.measure(batch)
-            ) from None
+            parts = batch.chunk(self.settings.parts_of(index))
+            what = "the calibration found numbers that are not finite"
+            raise self._diverged(what, lambda: [run.measure(part) for part in parts]) from None
         seconds = time.perf_counter() - started
         kind = self.settings.stages[index].type
         return CalibrationRecord(
@@ -165,10 +165,10 @@ class Distiller:
         if values:
             self._check(said["loss"], "loss", run, parts)
             guarded_step(self.optimiser, norm)
-            if self.average is not None:
-                self.average.update()
-        self.optimiser.zero_grad(set_to_none=True)
         self._check(float(norm), "norm of the gradients", run, parts)
+        if self.average is not None:
+            self.average.update()
+        self.optimiser.zero_grad(set_to_none=True)
         self.progress.step += 1
         return StepRecord(
             stage=index,
@@ -205,8 +205,8 @@ class Distiller:
         tensor = first_bad_tensor(self.model, self.teacher, again)
         return TrainingDivergedError(
             f"{what} at step {self.progress.step} of stage {self.progress.stage} ({where}). The first bad tensor:"
-            f" {tensor}. The step changed nothing, and the last checkpoint is good. If the model came with bad values,"
-            " mend it; else begin a run with a lower learning rate"
+            f" {tensor}. Nothing of the step is kept, and the last checkpoint is good. If the model came with bad"
+            " values, mend it; else begin a run with a lower learning rate"
         )
 
     def _measure(self, index: int, run: StageRun) -> dict[str, Any] | None:

@@ -10,21 +10,17 @@ from uuid import uuid4
 from gearshift.records import Tally, read_records
 from gearshift.train.metrics import Callback, Record, StageEndRecord, StepRecord
 
-INSTALL = {
-    "tensorboard": 'pip install "gearshift[tensorboard]"',
-    "wandb": 'pip install "gearshift[wandb]"',
-    "trackio": 'pip install "gearshift[trackio]"',
-}
-"""Tracker, named like its package -> how to get it."""
 PROJECT = "gearshift"
 """What trackers with projects file every run under."""
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """ValueError if a tracker's package is not installed."""
+    """ValueError if a tracker's package, which is called like it and like our extra, is not installed."""
     for name in names:
         if find_spec(name) is None:
-            raise ValueError(f"the recipe's trackers name {name}, which is not installed: {INSTALL[name]}")
+            raise ValueError(
+                f'the recipe\'s trackers name {name}, which is not installed: pip install "gearshift[{name}]"'
+            )
 
 
 def make_trackers(names: Sequence[str], output: Path, every: int, config: Mapping[str, Any]) -> "list[Tracker]":
@@ -104,7 +100,7 @@ class TensorBoard(Tracker):
         from torch.utils.tensorboard import SummaryWriter
 
         # What an earlier run wrote from the step on that this one goes on with is hidden.
-        self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=next_step or None)
+        self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=next_step)
 
     def log(self, curves: dict[str, float], step: int) -> None:
         for name, value in curves.items():
