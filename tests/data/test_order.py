@@ -52,7 +52,8 @@ def test_sources_count_their_own_draws_without_a_gap(weights: list[float], first
 
 @given(weights=weights, draws=st.integers(1, 2000))
 def test_each_source_has_its_share_at_any_time(weights: list[float], draws: int) -> None:
-    counts = Counter(interleaved(number, shares(weights))[0] for number in range(draws))
+    exact = shares(weights)
+    counts = Counter(interleaved(number, exact)[0] for number in range(draws))
     for source, weight in enumerate(weights):
         assert abs(counts[source] - draws * weight / sum(weights)) <= 1 + source
 

@@ -14,6 +14,9 @@ from gearshift.data import Batch, Sequences, TokenSequences
 from gearshift.mixers.base import Mixer
 from gearshift.model import GearshiftForCausalLM
 from gearshift.plan.ahead import made_ahead
+from gearshift.spec import Placement
+from gearshift.train.ema import Average
+from gearshift.train.guard import TrainingDivergedError, first_bad_tensor, guarded_step
 from gearshift.train.layerwise import LayerwiseRun
 from gearshift.train.metrics import CalibrationRecord, Callback, Record, StageEndRecord, StepRecord
 from gearshift.train.noise import is_noisy, seeded, set_modes
@@ -25,10 +28,6 @@ from gearshift.train.stochastic import StochasticRun
 
 AHEAD = 3
 """Batches in memory: the one of this step, and those made while it runs."""
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss is no number any more."""
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Distiller:
     """A distillation of a model in memory.
 
     `run()` goes on from `progress`. Between two of its records, the run is exactly what the model's parameters that
-    learn, `progress` and `optimiser` say: whoever saves and restores the three resumes it.
+    learn, `progress`, `optimiser` and `average` say: whoever saves and restores the four resumes it.
     """
 
     def __init__(
@@ -72,6 +71,7 @@ class Distiller:
         self.held_out = held_out
         self.progress = Progress()
         self.optimiser: torch.optim.AdamW | None = None
+        self.average: Average | None = None
         self.device = model.lm_head.weight.device
         self.noisy = is_noisy(model)
         self._attention = settings.attention or ("flex_attention" if self.device.type == "cuda" else None)
@@ -103,6 +103,13 @@ class Distiller:
         """A new optimiser for the parameters that learn."""
         return make_optimiser(self.model, self.scales, self.settings.optimiser)
 
+    def make_average(self) -> Average | None:
+        """New averages of the parameters that learn, if the settings ask for them."""
+        if self.settings.ema is None:
+            return None
+        learning = ((name, value) for name, value in self.model.named_parameters() if name in self.scales)
+        return Average(learning, self.settings.ema)
+
     @contextmanager
     def _learning(self) -> Iterator[None]:
         """Let the parameters in `scales`, and no others, have gradients. Puts everything back at the end."""
@@ -129,19 +136,27 @@ class Distiller:
         if self.progress.step == 0 and stage.steps and run.calibration_sequences():
             yield self._calibrate(index, run)
         if self.optimiser is None:
-            self.optimiser = self.make_optimiser()
+            self.optimiser, self.average = self.make_optimiser(), self.make_average()
         with closing(self._batches(index)) as batches:
             for batch in batches:
                 yield self._step(index, run, batch)
+        if self.average is not None:
+            self.average.apply()
         held_out = self._measure(index, run)
         ended = self.global_step
-        self.progress, self.optimiser = Progress(index + 1), None
+        self.progress, self.optimiser, self.average = Progress(index + 1), None, None
         yield StageEndRecord(stage=index, type=stage.type, step=stage.steps, global_step=ended, held_out=held_out)
 
     def _calibrate(self, index: int, run: StageRun) -> CalibrationRecord:
         started = time.perf_counter()
+        batch = self._batch(index, 0, run.calibration_sequences()).to(self.device)
         self.model.eval()  # what is fitted must not depend on what dropout leaves of it
-        errors = run.calibrate(self._batch(index, 0, run.calibration_sequences()).to(self.device))
+        try:
+            errors = run.calibrate(batch)
+        except torch.linalg.LinAlgError:
+            parts, plain = self._parts(index, batch), self._stage_run(index, self.engine.plain)
+            what = "the calibration found numbers that are not finite"
+            raise self._diverged(what, lambda: [plain.measure(part) for part in parts]) from None
         set_modes(self.model)
         seconds = time.perf_counter() - started
         kind = self.settings.stages[index].type
@@ -156,19 +171,20 @@ class Distiller:
         assert self.optimiser is not None
         rate = stage.learning_rate * schedule(step, stage.steps, stage.schedule or settings.schedule)
         set_learning_rate(self.optimiser, rate)
-        parts = batch.to(self.device).split(len(batch) // settings.parts_of(index))
+        parts = self._parts(index, batch.to(self.device))
         with seeded(self.device, settings.seed, global_step) if self.noisy else nullcontext():
             terms = _average(parts, lambda part, share: run.learn(part, global_step, share))
         norm = clip(run.clip_groups(), settings.optimiser.clip_norm)
         if terms:
-            self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=not run.keeps_gradients)
+            guarded_step(self.optimiser, norm, *terms.values())
         # Nothing was read back before this: on a GPU, all of the step has been launched.
         said = {"loss": None, "terms": {}} if terms is None else run.describe(_read(terms))
-        if terms is not None and not math.isfinite(said["loss"]):
-            raise TrainingDivergedError(
-                f"the loss became {said['loss']} at step {step} of stage {index} ({stage.type}): lower its rate"
-            )
+        if terms:
+            self._check(said["loss"], "loss", parts)
+        self._check(float(norm), "norm of the gradients", parts)
+        if self.average is not None:
+            self.average.update()
+        self.optimiser.zero_grad(set_to_none=not run.keeps_gradients)
         self.progress.step += 1
         return StepRecord(
             stage=index,
@@ -184,6 +200,32 @@ class Distiller:
             **run.describe_step(global_step),
         )
 
+    def _check(self, value: float, what: str, parts: Sequence[Batch]) -> None:
+        """TrainingDivergedError if a number of the present step is not finite."""
+        if math.isfinite(value):
+            return
+        step = self.global_step
+        plain = self._stage_run(self.progress.stage, self.engine.plain)
+
+        def learn_again() -> None:
+            with seeded(self.device, self.settings.seed, step) if self.noisy else nullcontext():
+                _average(parts, lambda part, share: plain.learn(part, step, share))
+
+        raise self._diverged(f"the {what} became {value}", learn_again, plain.describe_step(step).get("placement"))
+
+    def _diverged(
+        self, what: str, again: Callable[[], object], placement: Placement | None = None
+    ) -> TrainingDivergedError:
+        """What to raise in a step that has changed nothing and must not; `again` repeats it."""
+        kind = self.settings.stages[self.progress.stage].type
+        where = kind if placement is None else f"{kind}, placement {placement}"
+        tensor = first_bad_tensor(self.model, self.teacher, again)
+        return TrainingDivergedError(
+            f"{what} at step {self.progress.step} of stage {self.progress.stage} ({where}). The first bad tensor:"
+            f" {tensor}. Nothing of the step is kept, and the last checkpoint is good. If the model came with bad"
+            " values, mend it; else begin a run with a lower learning rate"
+        )
+
     def _measure(self, index: int, run: StageRun) -> dict[str, Any] | None:
         """What held-out text says of the model now, in parts of the stage's size."""
         if self.held_out is None:
@@ -196,14 +238,18 @@ class Distiller:
         assert terms is not None
         return run.describe(_read(terms))
 
-    def _stage_run(self, index: int) -> StageRun:
-        stage, settings = self.settings.stages[index], self.settings
+    def _stage_run(self, index: int, engine: Engine | None = None) -> StageRun:
+        stage, settings, engine = self.settings.stages[index], self.settings, engine or self.engine
         if isinstance(stage, LayerwiseStage):
             size = settings.batch_size_of(index)
             part = size // settings.parts_of(index)
-            return LayerwiseRun(self.model, self.teacher, self.engine, stage, size, part)
+            return LayerwiseRun(self.model, self.teacher, engine, stage, size, part)
         chunk = settings.loss_chunk or (256 if self.device.type == "cpu" else 2048)
-        return StochasticRun(self.model, self.teacher, self.engine, stage, settings.seed, chunk)
+        return StochasticRun(self.model, self.teacher, engine, stage, settings.seed, chunk)
+
+    def _parts(self, index: int, batch: Batch) -> list[Batch]:
+        """The parts that a step of stage `index` is processed in."""
+        return batch.split(len(batch) // self.settings.parts_of(index))
 
     def _batches(self, index: int) -> Generator[Batch, None, None]:
         """The batches of the steps that are left of stage `index`, made in the background. To be closed."""

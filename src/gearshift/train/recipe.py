@@ -128,6 +128,9 @@ class DistillationSettings(Spec):
     Without a match, the factor is 0 for all that the main placement uses, and 1 for everything else."""
     freeze: tuple[str, ...] = ()
     """Globs of parameter names that never learn, whatever their factor."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an exponential moving average of what learns, over the steps that move it. Each stage ends on it: it is
+    what is judged, handed to the next stage and written. Null: none, a stage ends on its last step's values."""
     autocast: Literal["auto", "none", "bfloat16"] = "auto"
     """Precision of the matrix products: `auto` is bfloat16 on CUDA and the weights' own elsewhere."""
     attention: str | None = None
@@ -189,10 +192,10 @@ class Recipe(DistillationSettings):
     """A device by torch's name; `auto` is CUDA where there is one."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints. There is one at the end of each stage too."""
-    tensorboard: bool = False
-    """Whether to write TensorBoard's files as well, to `tensorboard` in the output folder."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """What shows the run's curves as well: `tensorboard` (in the output folder), `wandb`, `trackio`."""
     log_every: int = Field(default=10, ge=1)
-    """Steps between the points in TensorBoard. The record always has every step."""
+    """Steps between the points in trackers. The record always has every step."""
 
     @model_validator(mode="after")
     def _one_text(self) -> Self:

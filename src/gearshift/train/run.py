@@ -15,10 +15,21 @@ from gearshift.formats.documents import read_json, write_json
 from gearshift.model import GearshiftForCausalLM
 from gearshift.train.checkpoint import Checkpoints, replacing
 from gearshift.train.loop import Distiller
-from gearshift.train.metrics import Callback, JsonLines, Record, StageEndRecord, StepRecord, TensorBoard
+from gearshift.train.metrics import Callback, JsonLines, Record, StageEndRecord, StepRecord
 from gearshift.train.recipe import Recipe
+from gearshift.train.trackers import check_trackers, make_trackers
 
-MAY_CHANGE = {"output", "device", "checkpoint_every", "tensorboard", "log_every", "loss_chunk", "data_cache"}
+MAY_CHANGE = {
+    "output",
+    "device",
+    "checkpoint_every",
+    "trackers",
+    "log_every",
+    "loss_chunk",
+    "data_cache",
+    "compile",
+    "cuda_graphs",
+}
 """What a resumed run may say otherwise than the run that it goes on with: nothing that decides what is learnt."""
 
 
@@ -58,6 +69,7 @@ def train(
     _check_same_recipe(recipe, output)
     if finished.exists():
         return TrainResult(finished, 0, recipe.total_steps, already_finished=True)
+    check_trackers(recipe.trackers)
     distiller, tokenizer, dtype, text = _prepare(recipe)
     _claim(recipe, output, text)
     checkpoints = Checkpoints(output / "checkpoints")
@@ -65,8 +77,7 @@ def train(
     at = distiller.global_step
     takers = [JsonLines(output / "metrics.jsonl", distiller.progress.stage, distiller.progress.step), *callbacks]
     try:
-        if recipe.tensorboard:
-            takers.append(TensorBoard(output / "tensorboard", recipe.log_every, purge_from=at if resumed else None))
+        takers += make_trackers(recipe.trackers, output, recipe.log_every, recipe.model_dump(mode="json"))
         for record in distiller.run():
             for taker in takers:
                 taker.on_record(record)

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -40,6 +40,11 @@ class Engine:
     steps: BlockSteps
     graphs: bool = False
     """Whether work that is the same at every step is recorded as a CUDA graph."""
+
+    @property
+    def plain(self) -> "Engine":
+        """The same with nothing compiled and nothing recorded."""
+        return replace(self, steps=BlockSteps(compiled=False), graphs=False)
 
 
 class StageRun(ABC):
