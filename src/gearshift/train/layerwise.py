@@ -73,6 +73,9 @@ class LayerwiseRun(StageRun):
     def keeps_gradients(self) -> bool:
         return self.graphs
 
+    def close(self) -> None:
+        self._graphed.clear()
+
     def measure(self, batch: Batch) -> Terms:
         return self._judge(batch, None)
 

@@ -143,6 +143,7 @@ class Distiller:
         if self.average is not None:
             self.average.apply()
         held_out = self._measure(index, run)
+        run.close()
         ended = self.global_step
         self.progress, self.optimiser, self.average = Progress(index + 1), None, None
         yield StageEndRecord(stage=index, type=stage.type, step=stage.steps, global_step=ended, held_out=held_out)

@@ -95,5 +95,9 @@ class StageRun(ABC):
         return {}
 
     @abstractmethod
+    def close(self) -> None:
+        """Give back the memory of what was recorded."""
+
+    @abstractmethod
     def clip_groups(self) -> Iterator[list[nn.Parameter]]:
         """Parameters whose gradients are clipped together."""

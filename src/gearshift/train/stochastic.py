@@ -67,6 +67,9 @@ class StochasticRun(StageRun):
         (loss * share).backward()
         return {"loss": loss.detach(), **terms}
 
+    def close(self) -> None:
+        self._layers, self._teach = None, self._taught
+
     @torch.no_grad()
     def measure(self, batch: Batch) -> Terms:
         """Forward KL of each placement that has one mixer wherever it is offered, and the main one elsewhere."""
