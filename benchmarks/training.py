@@ -1,15 +1,18 @@
 """Tokens a second of a step of both training stages, and of a search, on any Gearshift model.
 
-    python benchmarks/training.py MODEL [--device cuda] [--batch 16] [--length 1024] [--steps 10]
+    python benchmarks/training.py MODEL [--device cuda] [--batch 16] [--length 1024] [--steps 20]
 
 MODEL is a supernet folder, or a checkpoint that the quickstart's surgery is applied to in memory. Every time is the
-median over the steps after the first two, which compile kernels and touch memory for the first time.
+median over the steps after the first ones, which compile, tune and record kernels and touch memory for the first time.
+On CUDA also with what makes it fast taken away: CUDA graphs, compilation, flex attention. Memory is what PyTorch
+reserved.
 """
 
 import argparse
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -38,16 +41,49 @@ def load(model: str, device: str) -> GearshiftForCausalLM:
     return loaded.float().to(device)
 
 
-def step_seconds(model: GearshiftForCausalLM, stage: LayerwiseStage | StochasticStage, data: TokenSequences) -> float:
-    """The median time of a step."""
+WARM_UP = {"layerwise": 6, "stochastic": 25}
+"""Steps that are not timed. A mixer of a layer is recorded when it is first drawn."""
+WAYS: dict[str, dict[str, Any]] = {
+    "": {},
+    ", two parts": {"gradient_accumulation": 2},
+    ", no graphs": {"cuda_graphs": False},
+    ", plain": {"cuda_graphs": False, "compile": False, "attention": "sdpa"},
+}
+"""What is timed on CUDA. On a CPU the first and the last are the same."""
+
+
+def step_seconds(
+    model: GearshiftForCausalLM,
+    stage: LayerwiseStage | StochasticStage,
+    data: TokenSequences,
+    warm_up: int,
+    way: dict[str, Any],
+) -> float:
+    """The median time of a step after the first `warm_up`."""
     times: list[float] = []
 
     def watch(record: object) -> None:
         if isinstance(record, StepRecord):
             times.append(record.seconds)
 
-    distil(model, data, DistillationSettings(stages=(stage,), batch_size=stage.batch_size), watch)
-    return statistics.median(times[2:])
+    assert stage.batch_size is not None
+    distil(model, data, DistillationSettings(stages=(stage,), batch_size=stage.batch_size, **way), watch)
+    return statistics.median(times[warm_up:])
+
+
+def time_stages(model: GearshiftForCausalLM, data: TokenSequences, batch: int, steps: int, table: Table) -> None:
+    """A row for each stage and way."""
+    on_cuda = model.device.type == "cuda"
+    for stage in (LayerwiseStage(calibration="none", steps=1), StochasticStage(steps=1)):
+        warm_up = WARM_UP[stage.type] if on_cuda else 1
+        timed = stage.model_copy(update={"batch_size": batch, "steps": steps + warm_up})
+        for name, way in WAYS.items() if on_cuda else [("", {})]:
+            if on_cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            seconds = step_seconds(model, timed, data, warm_up, way)
+            peak = f"{torch.cuda.max_memory_reserved() / 1e9:.1f}" if on_cuda else "-"
+            table.add_row(f"{stage.type} step{name}", f"{seconds:.3f}", f"{batch * data.length / seconds:,.0f}", peak)
 
 
 def main() -> None:
@@ -56,7 +92,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     model = load(options.model, options.device)
     generator = torch.Generator().manual_seed(0)
@@ -64,16 +100,7 @@ def main() -> None:
     data = TokenSequences(torch.randint(model.spec.vocab_size, shape, generator=generator))
     tokens = options.batch * options.length
     table = Table("what", "seconds", "tokens/s", "peak memory GB", title=f"{options.device}, {tokens:,} tokens a step")
-    settings = {"steps": options.steps + 2, "batch_size": options.batch}
-    for name, stage in {
-        "layerwise step": LayerwiseStage(calibration="none", **settings),
-        "stochastic step": StochasticStage(**settings),
-    }.items():
-        if options.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        seconds = step_seconds(model, stage, data)
-        peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if options.device == "cuda" else "-"
-        table.add_row(name, f"{seconds:.3f}", f"{tokens / seconds:,.0f}", peak)
+    time_stages(model, data, options.batch, options.steps, table)
     judged = TokenSequences(data.tokens[:1])
     cost = cost_table(model.spec, "float32")
     started = time.perf_counter()

@@ -44,7 +44,7 @@ def listing(folder: Path) -> set[str]:
 
 
 def test_help_of_every_verb() -> None:
-    verbs = ("convert", "info", "diff", "train", "eval", "search", "export", "generate", "quickstart")
+    verbs = ("convert", "info", "diff", "train", "eval", "search", "export", "generate", "quickstart", "report")
     shown = succeed("--help").output
     for verb in verbs:
         assert verb in shown
@@ -98,10 +98,31 @@ def test_train_resumes_and_finishes(work: Path, tmp_path: Path) -> None:
     shown = succeed("train", tmp_path / "recipe.yaml", "stages.0.steps=2", "seed=3").output
     assert "4 steps" in shown
     assert "finished before" in succeed("train", tmp_path / "recipe.yaml", "stages.0.steps=2", "seed=3").output
+    run = yaml.safe_load((tmp_path / "recipe.yaml").read_text())["output"]
+    assert "Finished: 4 steps." in succeed("report", run).output
     shown = gearshift("train", tmp_path / "recipe.yaml", "stages.0.stepps=2")
     assert shown.exit_code == 2
     assert "stepps" in shown.output
     assert "did you mean steps" in shown.output
+
+
+def test_a_run_that_diverges_says_where_in_one_line(work: Path, tmp_path: Path) -> None:
+    recipe = {
+        "model": str(work / "supernet"),
+        "output": str(tmp_path / "run"),
+        "text": str(work / "text.txt"),
+        "sequence_length": 32,
+        "batch_size": 2,
+        "device": "cpu",
+        "stages": [{"type": "layerwise", "steps": 9, "learning_rate": 1e30}],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    shown = gearshift("train", tmp_path / "recipe.yaml")
+    assert shown.exit_code == 1
+    assert "The first bad tensor: the output of model.layers." in shown.output
+    assert shown.output.count("\n") == 1
+    assert not (tmp_path / "run" / "model").exists()
+    assert "of 9 steps done" in succeed("report", tmp_path / "run").output
 
 
 def test_search_names_presets_and_export_and_generate_use_them(work: Path, tmp_path: Path) -> None:

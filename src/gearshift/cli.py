@@ -115,17 +115,46 @@ def train(
 ) -> None:
     """Distil a supernet by a recipe. Run again, it goes on from its last checkpoint."""
     from gearshift.progress import bar
-    from gearshift.train import load_recipe, step_progress
+    from gearshift.train import TrainingDivergedError, load_recipe, step_progress
     from gearshift.train import train as run_recipe
 
     settings = load_recipe(recipe, overrides or [])
     with bar(err, "training", settings.total_steps) as advance:
-        result = run_recipe(settings, step_progress(advance))
+        try:
+            result = run_recipe(settings, step_progress(advance))
+        except TrainingDivergedError as error:
+            err.print(str(error), soft_wrap=True, highlight=False, markup=False)
+            raise typer.Exit(1) from None
     if result.already_finished:
         out.print(f"{result.model}: this run was finished before, nothing is left to do")
     else:
         resumed = "" if result.resumed_at is None else f", resumed at step {result.resumed_at}"
         out.print(f"{result.model}: {result.steps} steps{resumed}")
+
+
+@app.command(cls=Command)
+def report(
+    run: Annotated[Path, typer.Argument(help="The output folder of a training run.")],
+    target: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The page to write. Default: RUN/report.html.")
+    ] = None,
+) -> None:
+    """Show a run's curves and heat maps so far, as one HTML page and a short table: also while it runs."""
+    from gearshift.report.history import read_history
+    from gearshift.report.run_page import HEADS, left_out, stage_row, status, write_run
+
+    history = read_history(run)
+    page = target or run / "report.html"
+    write_run(history, page)
+    table = Table(box=None)
+    for place, column in enumerate(HEADS):
+        table.add_column(column, justify="right" if 0 < place < len(HEADS) - 1 else "left")
+    for stage in history.stages:
+        table.add_row(*stage_row(stage))
+    out.print(table)
+    for line in (status(history), left_out(history), f"report: {page}"):
+        if line:
+            out.print(line)
 
 
 @app.command("eval", cls=Command)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -10,6 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[[float], None]
+_open: ContextVar[Progress | None] = ContextVar("open", default=None)
+"""The bars on the terminal, where there are any: a terminal has room for one such display."""
 
 
 def silent(amount: float) -> None:
@@ -18,9 +21,20 @@ def silent(amount: float) -> None:
 
 @contextmanager
 def bar(console: Console, what: str, total: float) -> Iterator[Advance]:
-    """A progress bar over `total` units; the yielded function moves it on. Gone when the block ends. Terminals only."""
+    """A progress bar over `total` units; the yielded function moves it on. Gone when the block ends. Terminals only.
+
+    Inside the block of another bar, it appears below that one.
+    """
     if not console.is_terminal:
         yield silent
+        return
+    outer = _open.get()
+    if outer is not None:
+        task = outer.add_task(what, total=total)
+        try:
+            yield lambda amount: outer.advance(task, amount)
+        finally:
+            outer.remove_task(task)
         return
     columns = (
         TextColumn("[progress.description]{task.description}"),
@@ -32,7 +46,11 @@ def bar(console: Console, what: str, total: float) -> Iterator[Advance]:
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=total)
-        yield lambda amount: progress.advance(task, amount)
+        token = _open.set(progress)
+        try:
+            yield lambda amount: progress.advance(task, amount)
+        finally:
+            _open.reset(token)
 
 
 @dataclass

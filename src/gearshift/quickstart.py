@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from gearshift.conversion import convert, export, load, save_presets
-from gearshift.data import TokenSequences, load_sequences, python_text, read_text
+from gearshift.data import DataSource, TokenSequences, open_corpus, python_text, read_text
 from gearshift.evaluate import Judge, JudgeSettings, layer_errors
 from gearshift.formats import open_checkpoint
 from gearshift.formats.documents import read_json, write_json
@@ -183,12 +183,11 @@ class Job:
 
     def _train(self, step: Step, advance: Advance) -> dict[str, Any]:
         self._forget_model()
-        text = self.out / "text.txt"
-        text.write_text(self.text, encoding="utf-8")
         recipe = Recipe(
             model=str(self.out / "converted"),
             output=str(self.out / "training"),
-            text=str(text),
+            text=str(self.text_file),
+            data_cache=str(self.out / "tokens"),
             sequence_length=self.settings.sequence_length,
             held_out=self.settings.held_out,
             checkpoint_every=8,
@@ -284,9 +283,21 @@ class Job:
         return str(self.results["convert"]["dtype"])
 
     @cached_property
+    def text_file(self) -> Path:
+        """The text, as training and measuring read it."""
+        path = self.out / "text.txt"
+        if not path.exists():
+            fresh = path.with_suffix(".partial")
+            fresh.write_text(self.text, encoding="utf-8")
+            fresh.replace(path)
+        return path
+
+    @cached_property
     def held_out(self) -> TokenSequences:
         """What training holds out: the same sequences that `train` leaves alone."""
-        sequences = load_sequences(self.text, self.tokenizer, self.settings.sequence_length)
+        source = DataSource(path=str(self.text_file))
+        length = self.settings.sequence_length
+        sequences = open_corpus([source], self.tokenizer, length, cache=self.out / "tokens")
         return sequences.split(self.settings.held_out)[1]
 
     @property

@@ -25,10 +25,10 @@ from gearshift.report import (
     Report,
     Search,
     Stage,
-    TrainingRecord,
     write,
 )
 from gearshift.report import Step as ReportStep
+from gearshift.report.history import stage_of
 from gearshift.tiny import TINY
 
 if TYPE_CHECKING:
@@ -116,21 +116,7 @@ def _stages(records: list[dict[str, Any]]) -> tuple[Stage, ...]:
     stages: dict[int, list[dict[str, Any]]] = {}
     for record in steps:
         stages.setdefault(record["stage"], []).append(record)
-    return tuple(
-        Stage(name=stage[0]["type"], records=tuple(_record(record) for record in stage)) for stage in stages.values()
-    )
-
-
-def _record(record: dict[str, Any]) -> TrainingRecord:
-    return TrainingRecord(
-        step=record["step"],
-        loss=record["loss"],
-        mixer_losses=record["mixers"] or {},
-        loss_terms={} if record["mixers"] else record["terms"],
-        learning_rate=record["learning_rate"],
-        tokens=record["tokens"],
-        seconds=record["seconds"],
-    )
+    return tuple(stage_of(stage[0]["type"], stage) for stage in stages.values())
 
 
 def _search(job: "Job") -> Search:

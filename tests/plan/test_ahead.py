@@ -55,4 +55,4 @@ def test_what_is_not_taken_is_not_made():
     with closing(made_ahead(NAMES, lambda name: made.append(name), lambda name: 1, 2)) as values:
         next(values)
     assert len(made) <= 3
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tensors")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]

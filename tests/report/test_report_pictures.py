@@ -4,7 +4,8 @@ import pytest
 from sample import sample
 
 from gearshift.report import numbers
-from gearshift.report.figures import loss_curves, pareto
+from gearshift.report.curves import loss_curves, run_curve, smooth
+from gearshift.report.figures import pareto
 from gearshift.report.html import Html, markup, tag
 from gearshift.report.labels import Label, along_steps, place_labels, spread
 from gearshift.report.palette import DARK, LIGHT, Palette
@@ -74,6 +75,53 @@ def test_heat_map_spans_the_scale() -> None:
     picture = heat_map([("b", {"before": (1.0, None), "after": (0.01, 0.1)})], palette)
     assert all(f"--heat:{share}%" in picture for share in (0, 50, 100))
     assert 'class="unknown"' in picture
+
+
+def test_a_linear_heat_map_holds_zero_and_shows_counts_in_full() -> None:
+    palette = Palette.of(["a", "b"], "a")
+    picture = heat_map([("a", {"": [5, 10]}), ("b", {"": [0, None]})], palette, logarithmic=False)
+    assert all(
+        f'--heat:{share}%" title="{hint}"' in picture for share, hint in ((50, "a, layer 0: 5"), (0, "b, layer 0: 0"))
+    )
+    assert "heat alone" in picture
+    below = heat_map([("a", {"": [-1.0, 3.0]})], palette, logarithmic=False)
+    assert f'--heat:0%" title="a, layer 0: {numbers.MINUS}1.00"' in below
+
+
+def test_rounding_does_not_take_the_whole_scale() -> None:
+    palette = Palette.of(["a", "b"], "a")
+    picture = heat_map([("b", {"": [1e-14, 0.01, 1.0]})], palette)
+    assert all(f"--heat:{share}%" in picture for share in (0, 50, 100))
+    stage = sample(layers=4).training[0]
+    tiny = stage.model_copy(
+        update={
+            "records": tuple(
+                record.model_copy(update={"mixer_losses": {**record.mixer_losses, "window": 1e-14}})
+                for record in stage.records
+            )
+        }
+    )
+    curves = loss_curves(tiny, Palette.of(["attention", "window", "gdn", "kda"], "attention"), "loss")
+    assert curves is not None
+    assert ">window</text>" in curves
+    assert "1e-14" not in curves
+
+
+def test_long_lines_are_smoothed() -> None:
+    few = [(step, float(step % 2)) for step in range(60)]
+    assert smooth(few) == few
+    many = [(step, float(step % 2)) for step in range(400)]
+    smoothed = smooth(many)
+    assert [step for step, _ in smoothed] == [step for step, _ in many]
+    assert all(abs(value - 0.5) < 0.05 for _, value in smoothed)
+
+
+def test_a_value_over_a_run() -> None:
+    assert run_curve([("one", [])], "name", "Speed") is None
+    stages = [("one", [(0, 20_000.0), (1, 40_000.0)]), ("two", [(2, 30_000.0)])]
+    picture = run_curve(stages, "name", "Speed")
+    assert picture is not None
+    assert all(f">{word}</text>" in picture for word in ("one", "two", "20.0 K"))
 
 
 def test_labels_keep_clear_of_each_other() -> None:

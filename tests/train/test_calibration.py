@@ -2,10 +2,12 @@ import pytest
 import torch
 
 from gearshift import GearshiftForCausalLM
+from gearshift.data import Batch
 from gearshift.train.calibration import calibrate
 from gearshift.train.layerwise import LayerwiseRun
 from gearshift.train.recipe import LayerwiseStage
-from gearshift.train.stage import Precision
+from gearshift.train.stage import Engine, Precision
+from gearshift.train.steps import BlockSteps
 from tests.models import supernet, tokens
 
 
@@ -23,7 +25,9 @@ def student(scale: float = 5.0) -> GearshiftForCausalLM:
 
 def run(model: GearshiftForCausalLM, method: str) -> LayerwiseRun:
     stage = LayerwiseStage(steps=1, calibration=method)
-    return LayerwiseRun(model, model, Precision("auto", torch.device("cpu")), stage, 8, 4)
+    return LayerwiseRun(
+        model, model, Engine(Precision("auto", torch.device("cpu")), BlockSteps(compiled=False)), stage, 8, 4
+    )
 
 
 def mean(errors: dict[str, list[float | None]], name: str) -> float:
@@ -33,7 +37,7 @@ def mean(errors: dict[str, list[float | None]], name: str) -> float:
 @pytest.mark.parametrize("method", ["scale", "ridge"])
 def test_the_error_falls_to_what_was_promised(method: str) -> None:
     model = student()
-    seen, unseen = tokens(16, 40), tokens(16, 40, seed=1)
+    seen, unseen = Batch(tokens(16, 40)), Batch(tokens(16, 40, seed=1))
     stage = run(model, method)
     errors = stage.calibrate(seen)
     for name in ("window", "gdn", "kda"):
@@ -57,7 +61,7 @@ def test_ridge_learns_what_a_factor_cannot() -> None:
         with torch.no_grad():
             for block in model.model.blocks:
                 block.mixer_named("window").o_proj.weight.copy_(torch.randn(24, 32))
-        fits[method] = mean(run(model, method).calibrate(tokens(16, 40))["after"], "window")
+        fits[method] = mean(run(model, method).calibrate(Batch(tokens(16, 40)))["after"], "window")
     assert fits["ridge"] < 0.8 * fits["scale"]
 
 
@@ -65,9 +69,9 @@ def test_few_tokens_do_not_hurt() -> None:
     """With fewer tokens than features, the fit stays near the scaled projection instead of following the noise."""
     model = student()
     scaled = student()
-    run(model, "ridge").calibrate(tokens(1, 12))
-    run(scaled, "scale").calibrate(tokens(1, 12))
-    unseen = tokens(16, 40, seed=1)
+    run(model, "ridge").calibrate(Batch(tokens(1, 12)))
+    run(scaled, "scale").calibrate(Batch(tokens(1, 12)))
+    unseen = Batch(tokens(16, 40, seed=1))
     losses = [run(each, "none").measure(unseen)["window", 1].item() for each in (model, scaled)]
     assert losses[0] < losses[1] + 0.1
 
@@ -77,7 +81,7 @@ def test_only_projections_that_learn_are_fitted() -> None:
     frozen = model.model.blocks[0].mixer_named("gdn").o_proj.weight.requires_grad_(False)
     main = model.model.blocks[0].mixer_named("attention").o_proj.weight
     before = frozen.clone(), main.clone()
-    errors = run(model, "ridge").calibrate(tokens(8, 24))
+    errors = run(model, "ridge").calibrate(Batch(tokens(8, 24)))
     assert errors["after"]["gdn"][0] is None
     assert errors["after"]["gdn"][1] is not None
     assert torch.equal(frozen, before[0])
@@ -89,6 +93,7 @@ def test_parts_change_nothing_but_rounding() -> None:
     for parts in (1, 4):
         model = student()
         precision = Precision("auto", torch.device("cpu"))
-        calibrate(model, model, run(model, "ridge").students, tokens(8, 24).chunk(parts), "ridge", 1.0, precision)
+        batches = Batch(tokens(8, 24)).split(8 // parts)
+        calibrate(model, model, run(model, "ridge").students, batches, "ridge", 1.0, precision)
         weights.append(model.model.blocks[2].mixer_named("kda").o_proj.weight)
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-5)

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,11 @@ def test_a_key_that_comes_twice_is_refused(tmp_path):
     file.write_text("model: a\noutput: b\nmodel: c\nstages: []\n")
     with pytest.raises(ValueError, match="the key 'model' comes twice"):
         load_recipe(file)
+
+
+def test_the_recipe_of_the_guide_to_data_can_be_read(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)[0])
+    recipe = load_recipe(path)
+    assert [source.weight for source in recipe.sources] == [3, 1, 6]

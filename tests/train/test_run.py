@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gearshift import Placement
-from gearshift.train import Callback, Recipe, Record, StepRecord, TensorBoard, read_records, train
+from gearshift.settings import load_settings
+from gearshift.train import Callback, Recipe, Record, StepRecord, read_records, train
 from tests.models import supernet, tokens
 
 STAGES = (
@@ -104,6 +105,19 @@ def test_a_resumed_run_is_the_unbroken_run(source: Path, unbroken: Path, tmp_pat
         assert (tmp_path / "run" / "model" / file).read_bytes() == (unbroken / "model" / file).read_bytes()
 
 
+@pytest.mark.parametrize("at", [2, 5])
+def test_averages_are_resumed_too(source: Path, tmp_path: Path, at: int) -> None:
+    runs = {name: recipe(source, tmp_path / name, held_out=2, ema=0.9) for name in ("unbroken", "resumed")}
+    train(runs["unbroken"])
+    with pytest.raises(KeyboardInterrupt):
+        train(runs["resumed"], callbacks=[Interrupt(at)])
+    assert (next((tmp_path / "resumed" / "checkpoints").iterdir()) / "average.pt").exists()
+    train(runs["resumed"])
+    assert timeless(tmp_path / "resumed") == timeless(tmp_path / "unbroken")
+    written = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in runs]
+    assert written[0] == written[1]
+
+
 def test_a_kill_while_a_checkpoint_is_written_costs_only_that_checkpoint(
     source: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,18 +200,16 @@ def test_another_text_or_a_broken_checkpoint_is_refused(source: Path, tmp_path: 
         train(run)
 
 
-def test_tensorboard_gets_the_curves(source: Path, tmp_path: Path) -> None:
-    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train(recipe(source, tmp_path / "run", tensorboard=True, log_every=2))
-    events = accumulators.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("learning rate")] == [0, 2, 4, 6]
-    assert {"loss", "terms/forward_kl", "mixers/gdn", "tokens a second"} <= set(events.Tags()["scalars"])
-
-
-def test_a_missing_tensorboard_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match="pip install tensorboard"):
-        TensorBoard(tmp_path)
+def test_trackers_are_told_and_a_missing_one_is_refused(source, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("tensorboard")
+    given = recipe(source, tmp_path / "run", trackers=["tensorboard"], log_every=2)
+    train(given)
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    assert train(recipe(source, tmp_path / "run")).already_finished
+    monkeypatch.setattr("gearshift.train.trackers.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="name trackio, which is not installed"):
+        train(recipe(source, tmp_path / "new", trackers=["trackio"]))
+    assert not (tmp_path / "new").exists()
 
 
 def test_numbers_that_json_lacks_become_null(source: Path, unbroken: Path) -> None:
@@ -207,3 +219,42 @@ def test_numbers_that_json_lacks_become_null(source: Path, unbroken: Path) -> No
     )  # fmt: skip
     line = json.loads(step.to_json())
     assert (line["gradient_norm"], line["terms"], line["placement"]) == (None, {"activation": None}, "a*2")
+
+
+def test_several_sources_resumed_are_the_unbroken_run(source: Path, tmp_path: Path) -> None:
+    rows = [{"body": f"DOCUMENT {number} OF THE SECOND SOURCE. "} for number in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [
+        {"path": str(source / "text.txt"), "weight": 3},
+        {"path": str(tmp_path / "rows.jsonl"), "field": "body", "weight": 1},
+    ]
+    more = {"text": None, "data": data, "documents": "packed", "held_out": 4}
+    unbroken = recipe(source, tmp_path / "unbroken", data_cache=str(tmp_path / "cache"), **more)
+    train(unbroken)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*/tokens.bin")}
+    assert len(written) == 2
+    broken = recipe(source, tmp_path / "broken", data_cache=str(tmp_path / "cache"), **more)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, callbacks=[Interrupt(4)])
+    assert train(broken).resumed_at == 4
+    assert timeless(tmp_path / "broken") == timeless(tmp_path / "unbroken")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*/tokens.bin")} == written
+    with pytest.raises(ValueError, match="there, 'documents' was 'packed', not 'joined'"):
+        train(recipe(source, tmp_path / "broken", **more | {"documents": "joined"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["data=[{path: a}]", "text=b"], "give either text or data"),
+        (["data=[{path: a, dataset: b}]"], "data.0: give each source either a path or a dataset"),
+        (["data=[{path: a, weigth: 2}]"], "unknown key 'data.0.weigth': did you mean weight?"),
+        (["data=[{path: a, weight: -1}]"], "data.0.weight: input should be greater than 0, not -1"),
+        (["documents=apart"], "documents: input should be 'joined' or 'packed', not 'apart'"),
+    ],
+)
+def test_sources_that_make_no_sense_are_refused_in_a_sentence(changes: list[str], sentence: str) -> None:
+    stages = "stages=[{type: layerwise, steps: 1}]"
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load_settings(Recipe, None, ["model=m", "output=o", stages, *changes])
+    assert "\n" not in str(caught.value)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec, Placement
-from gearshift.data import TokenSequences
+from gearshift.data import Batch, TokenSequences
 from gearshift.train import (
     CalibrationRecord,
     DistillationSettings,
@@ -111,7 +111,7 @@ def test_the_stages_gradient_is_that_of_the_plain_loss() -> None:
     placement = Placement(["attention", "gdn", "attention"])
     distiller = Distiller(model, sequences(), settings(StochasticStage(steps=1, sampling=only(str(placement)))))
     with distiller._learning():
-        distiller._stage_run(0).learn(batch, 0, 1.0)
+        distiller._stage_run(0).learn(Batch(batch), 0, 1.0)
         wanted = model.model.blocks[1].mixer_named("gdn").q_proj.weight
         ours = wanted.grad.clone()
     wanted.grad = None
@@ -174,7 +174,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(stage) -> None:
         distiller = Distiller(model, sequences(), settings(stage, gradient_accumulation=parts))
         with distiller._learning():
             run = distiller._stage_run(0)
-            terms = [run.learn(part, 0, 1 / parts) for part in distiller._batch(0, 0, 4).chunk(parts)]
+            terms = [run.learn(part, 0, 1 / parts) for part in distiller._batch(0, 0, 4).split(4 // parts)]
             gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         losses.append({key: sum(term[key] for term in terms) / parts for key in terms[0]})
     assert gradients[0]
@@ -258,7 +258,6 @@ def test_stages_go_on_through_the_text_in_one_order() -> None:
     model = supernet(layers=2)
     stages = LayerwiseStage(steps=3, batch_size=2), StochasticStage(steps=2, batch_size=5)
     distiller = Distiller(model, sequences(16), settings(*stages))
-    drawn = torch.cat(
-        [distiller._batch(0, step, 2) for step in range(3)] + [distiller._batch(1, step, 5) for step in (0, 1)]
-    )
-    assert torch.equal(drawn, sequences(16).batch(0, 16))
+    batches = [distiller._batch(0, step, 2) for step in range(3)] + [distiller._batch(1, step, 5) for step in (0, 1)]
+    drawn = torch.cat([batch.tokens for batch in batches])
+    assert torch.equal(drawn, sequences(16).draw(range(16)).tokens)

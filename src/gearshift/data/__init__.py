@@ -1,6 +1,20 @@
-"""Text to packed token batches."""
+"""Text to batches of tokens."""
 
+from gearshift.data.batch import Batch
+from gearshift.data.corpus import Boundaries, Corpus, DataSource, open_corpus
 from gearshift.data.python_text import python_text
-from gearshift.data.sequences import TokenSequences, load_sequences, read_text
+from gearshift.data.readers import read_text
+from gearshift.data.sequences import Sequences, TokenSequences, load_sequences
 
-__all__ = ["TokenSequences", "load_sequences", "python_text", "read_text"]
+__all__ = [
+    "Batch",
+    "Boundaries",
+    "Corpus",
+    "DataSource",
+    "Sequences",
+    "TokenSequences",
+    "load_sequences",
+    "open_corpus",
+    "python_text",
+    "read_text",
+]

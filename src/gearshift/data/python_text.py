@@ -26,8 +26,8 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 @cache
-def python_text() -> str:
-    """About 1.5 MB of English. Documents are parted by blank lines; the same for the same CPython release."""
+def python_documents() -> list[str]:
+    """About 1.5 MB of English; the same for the same CPython release."""
     documents = [cleandoc(topics.topics[name]) for name in sorted(topics.topics)]
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
@@ -36,4 +36,9 @@ def python_text() -> str:
                 documents += _docstrings(path)
             except (SyntaxError, ValueError):
                 continue  # templates and test data that are not Python
-    return "\n\n\n".join(dict.fromkeys(documents))
+    return list(dict.fromkeys(documents))
+
+
+def python_text() -> str:
+    """The same as one text, documents parted by blank lines."""
+    return "\n\n\n".join(python_documents())

@@ -1,39 +1,33 @@
-"""Token sequences of one length, cut from text, in an order that is a function of (seed, step)."""
+"""Token sequences of one length, cut from text, in an order that is a function of the seed."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-SUFFIXES = {".txt", ".md", ".rst", ".text"}
+from gearshift.data.batch import Batch
+from gearshift.data.order import shuffled
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a file, or of all text files below a folder, sorted by path. ValueError if there is none."""
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"no text at {path}: there is no such file or folder")
-    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"no text in {path}: it holds no file that ends in {', '.join(sorted(SUFFIXES))}")
-    parts = []
-    for file in files:
-        try:
-            parts.append(file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text: byte {error.start} cannot be read") from None
-    return "\n\n\n".join(parts)
+class Sequences(Protocol):
+    """What a model learns from: an endless row of sequences, each of them a function of its number and the seed."""
+
+    def draw(self, numbers: Iterable[int], seed: int = 0) -> Batch:
+        """The sequences at these places of the order that `seed` decides. Each epoch has another order."""
+        ...
 
 
 @dataclass(frozen=True)
 class TokenSequences:
-    """Sequences of equal length."""
+    """Sequences of equal length, in memory."""
 
     tokens: Tensor
     """[sequences, length], int64."""
+    starts: Tensor | None = None
+    """[sequences, length], bool: where documents begin (see `Batch`). None: each sequence is one text."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -43,24 +37,40 @@ class TokenSequences:
         """Tokens a sequence."""
         return self.tokens.shape[1]
 
-    def batch(self, step: int, size: int, seed: int = 0) -> Tensor:
-        """The sequences of step `step`, [size, length]: a function of (seed, step), each epoch in another order."""
-        drawn = range(step * size, (step + 1) * size)
-        return torch.stack([self.tokens[self._order(index // len(self), seed)[index % len(self)]] for index in drawn])
+    @property
+    def all(self) -> Batch:
+        """Every sequence, once, in the text's order."""
+        return Batch(self.tokens, self.starts)
 
-    def _order(self, epoch: int, seed: int) -> np.ndarray:
-        return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(self))
+    def draw(self, numbers: Iterable[int], seed: int = 0) -> Batch:
+        """See `Sequences`."""
+        chosen = [shuffled(number % len(self), len(self), seed, 0, number // len(self)) for number in numbers]
+        return Batch(self.tokens[chosen], None if self.starts is None else self.starts[chosen])
 
     def split(self, held_out: int) -> tuple["TokenSequences", "TokenSequences"]:
         """(the rest, `held_out` sequences spread evenly over the text). ValueError if nothing would be left."""
         if not 0 < held_out < len(self):
-            raise ValueError(
-                f"the text gives {len(self)} sequences of {self.length} tokens: too few to hold out {held_out} and"
-                " train on the rest; use more text or shorter sequences"
-            )
+            raise ValueError(too_few(len(self), self.length, held_out))
         chosen = torch.zeros(len(self), dtype=torch.bool)
-        chosen[torch.linspace(0, len(self) - 1, held_out).round().long()] = True
-        return TokenSequences(self.tokens[~chosen]), TokenSequences(self.tokens[chosen])
+        chosen[torch.from_numpy(spread(held_out, len(self)))] = True
+        parts = [
+            TokenSequences(self.tokens[mask], None if self.starts is None else self.starts[mask])
+            for mask in (~chosen, chosen)
+        ]
+        return parts[0], parts[1]
+
+
+def spread(count: int, size: int) -> np.ndarray:
+    """`count` of the numbers below `size`, evenly spread, [count], int64, rising."""
+    return np.linspace(0, size - 1, count).round().astype(np.int64)
+
+
+def too_few(sequences: int, length: int, held_out: int, where: str = "") -> str:
+    """Why `held_out` sequences cannot be held out."""
+    return (
+        f"the text{where} gives {sequences} sequences of {length} tokens: too few to hold out {held_out} and"
+        " train on the rest; use more text or shorter sequences"
+    )
 
 
 def load_sequences(text: str, tokenizer: Any, length: int, limit: int | None = None) -> TokenSequences:

@@ -157,6 +157,9 @@ class Mixer(nn.Module, ABC):
         self.spec: Any = spec
         self.hidden_size = hidden_size
 
+    def prepare(self, context: MixContext, dtype: torch.dtype) -> None:
+        """Make what `project` takes from `context` for hidden states of `dtype`: compiled code only finds it there."""
+
     @abstractmethod
     def project(self, hidden: Tensor, context: MixContext) -> Any:
         """hidden [batch, tokens, hidden] -> what the core reads, and what the output step needs beside its result."""

@@ -25,7 +25,7 @@ class GatedRMSNorm(nn.Module):
         activations.activation(activation)  # an unknown one is refused when the model is built
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        if x.is_cuda and self.activation in _FUSED:
+        if _has_kernel(x) and self.activation in _FUSED:
             run = kernel("fla.modules.norm.fused_norm_gate:rms_norm_gated")
             return run(x, gate, self.weight, None, _FUSED[self.activation], eps=self.epsilon).to(gate.dtype)
         normed = self.weight.float() * _unit(x.float(), self.epsilon)
@@ -47,7 +47,7 @@ class GroupedGatedRMSNorm(nn.Module):
         self.norm_before_gate = norm_before_gate
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        if x.is_cuda:
+        if _has_kernel(x):
             run = kernel("fla.modules.norm.layernorm_gated:rmsnorm_fn")
             order = {"group_size": x.shape[-1] // self.groups, "norm_before_gate": self.norm_before_gate}
             return run(x, self.weight, None, gate.to(x.dtype), self.epsilon, **order).to(gate.dtype)
@@ -56,6 +56,11 @@ class GroupedGatedRMSNorm(nn.Module):
         unit = _unit(wide.unflatten(-1, (self.groups, -1)), self.epsilon).flatten(-2)
         normed = self.weight.float() * unit
         return (normed * open_gate if self.norm_before_gate else normed).to(gate.dtype)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether a package's kernel runs on `x`. A compiler fuses the formula with what stands around it instead."""
+    return x.is_cuda and not torch.compiler.is_compiling()
 
 
 def _unit(x: Tensor, epsilon: float) -> Tensor:

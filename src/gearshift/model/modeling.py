@@ -360,7 +360,7 @@ def _positions(
         return (padding.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
     index = torch.arange(past, past + tokens, device=device)
     if cu_seqlens is not None:
-        index = index - torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long())
+        index = index - torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long(), output_size=tokens)
     return index[None]
 
 

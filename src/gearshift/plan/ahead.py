@@ -1,31 +1,32 @@
-"""Making tensors in one thread while another writes those before: reading, arithmetic and the disk at the same time."""
+"""Making things in one thread while another uses those before: reading, arithmetic and the disk at the same time."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
 def made_ahead(
-    names: Iterable[str], make: Callable[[str], T], size: Callable[[str], int], most_bytes: int
+    keys: Iterable[K], make: Callable[[K], T], size: Callable[[K], int], most: int
 ) -> Generator[T, None, None]:
-    """`make` of each name in order, called in a thread of its own while the caller is busy with those before.
+    """`make` of each key in order, called in a thread of its own while the caller is busy with those before.
 
-    At most `most_bytes` are held, by `size`, the one in the caller's hands included; one that is larger by itself is
-    made alone. An error is raised where its tensor would have come. To be closed, so that the thread ends.
+    At most `most` are held, by `size`, the one in the caller's hands included; one that is larger by itself is made
+    alone. An error is raised where its result would have come. To be closed, so that the thread ends.
     """
     waiting: deque[tuple[int, Future[T]]] = deque()
     held = 0
-    pool = ThreadPoolExecutor(1, thread_name_prefix="tensors")
+    pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
     try:
-        for name in names:
-            need = size(name)
-            while waiting and held + need > most_bytes:
+        for key in keys:
+            need = size(key)
+            while waiting and held + need > most:
                 yield waiting[0][1].result()
                 held -= waiting.popleft()[0]
-            waiting.append((need, pool.submit(make, name)))
+            waiting.append((need, pool.submit(make, key)))
             held += need
         while waiting:
             yield waiting[0][1].result()

@@ -1,84 +1,16 @@
-"""Two pictures with axes: the loss curves of a stage, and what divergence costs."""
+"""The picture of a search: what divergence costs."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gearshift.report.data import Candidate, Search, Stage
+from gearshift.report.data import Candidate, Search
 from gearshift.report.html import Html
-from gearshift.report.labels import Label, along_steps, place_labels, spread
+from gearshift.report.labels import Label, along_steps, place_labels
 from gearshift.report.numbers import cost, cost_words, counts_bytes, number
 from gearshift.report.palette import LIGHT, Palette
 from gearshift.report.svg import draw
 from gearshift.spec.placement import Placement
-
-TERM_STYLES = ((0, (5, 2)), (0, (1, 1.6)), (0, (5, 1.5, 1, 1.5)), (0, (9, 3)))
-FEW_POINTS = 60
-
-
-def loss_curves(stage: Stage, palette: Palette, name: str) -> Html | None:
-    """The losses of a stage over its steps; None if not one of them is known. Each line is named at its end."""
-    lines = [line for line in _loss_lines(stage, palette) if line[1]]
-    if not lines:
-        return None
-    every = [value for _, points, _ in lines for _, value in points]
-
-    def paint(figure: Any, axes: Any) -> None:
-        marker = "." if len(stage.records) <= FEW_POINTS else None
-        for _, points, style in lines:
-            axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, **style)
-        if min(every) > 0:
-            axes.set_yscale("log")
-        _plain_ticks(axes.yaxis)
-        axes.set_xlabel("step")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(False, axis="x")
-        axes.margins(x=0.02)
-        _name_ends(figure, axes, [(label, points[-1], style["color"]) for label, points, style in lines])
-
-    return draw(name, 460, 290, paint, f"Loss over the {len(stage.records)} steps of the stage {stage.name}")
-
-
-def _loss_lines(stage: Stage, palette: Palette) -> list[tuple[str, list[tuple[int, float]], dict[str, Any]]]:
-    """Label, points and style of each line; the sum itself only where no mixer's own loss says more."""
-    mixers = [mixer for mixer in palette.roles if any(mixer in record.mixer_losses for record in stage.records)]
-    terms = list(dict.fromkeys(term for record in stage.records for term in record.loss_terms))
-    lines = [
-        (mixer, _points(stage, [record.mixer_losses.get(mixer) for record in stage.records]), _line(palette.hex(mixer)))
-        for mixer in mixers
-    ]
-    if not mixers:
-        lines.append(("loss", _points(stage, [record.loss for record in stage.records]), _line(LIGHT["ink"])))
-    if len(terms) > 1:
-        for term, dashes in zip(terms, TERM_STYLES, strict=False):
-            points = _points(stage, [record.loss_terms.get(term) for record in stage.records])
-            lines.append((term.replace("_", " "), points, {**_line(LIGHT["soft"], 1.3), "linestyle": dashes}))
-    return lines
-
-
-def _points(stage: Stage, values: Sequence[float | None]) -> list[tuple[int, float]]:
-    return [(record.step, value) for record, value in zip(stage.records, values, strict=True) if value is not None]
-
-
-def _line(colour: str, width: float = 1.9) -> dict[str, Any]:
-    return {"color": colour, "linewidth": width}
-
-
-def _name_ends(figure: Any, axes: Any, ends: Sequence[tuple[str, tuple[int, float], str]]) -> None:
-    """Write each line's name at its end, moved apart where lines end together."""
-    figure.draw_without_rendering()
-    heights = [axes.transData.transform(point)[1] for _, point, _ in ends]
-    for (label, point, colour), old, new in zip(ends, heights, spread(heights, gap=14), strict=True):
-        right = axes.get_xlim()[1]
-        axes.annotate(
-            label,
-            (right, point[1]),
-            (7, new - old),
-            textcoords="offset points",
-            color=colour,
-            va="center",
-            clip_on=False,
-        )
 
 
 def pareto(search: Search, palette: Palette, name: str = "pareto") -> Html | None:
@@ -201,18 +133,3 @@ class _Pareto:
         for (found, text, colour), offset in zip(named, offsets, strict=True):
             anchor = (found.cost / self.scale, found.divergence)
             axes.annotate(text, anchor, (offset.x, offset.y), color=colour, ha=offset.anchor, **style)
-
-
-def _plain_ticks(axis: Any) -> None:
-    """Numbers as people write them, three to seven of them whatever the range."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    if axis.get_scale() == "log":
-        low, high = axis.get_view_interval()
-        decades = math.log10(high / low)
-        axis.set_major_locator(
-            LogLocator(subs=(1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 0.8 else range(1, 10))
-        )
-        axis.set_minor_formatter(NullFormatter())
-        axis.set_tick_params(which="minor", length=0)
-    axis.set_major_formatter(lambda value, _: number(value) if abs(value) >= 1e6 else f"{value:g}")

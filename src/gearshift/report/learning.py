@@ -1,7 +1,9 @@
 """What was learnt: the mixers before and after, the loss curves, the error of each layer."""
 
+from collections.abc import Sequence
+
+from gearshift.report.curves import loss_curves
 from gearshift.report.data import PureQuality, Quality, Report, Stage
-from gearshift.report.figures import loss_curves
 from gearshift.report.html import Child, Html, tag
 from gearshift.report.numbers import change, count, duration, number, setting
 from gearshift.report.palette import Palette
@@ -85,7 +87,12 @@ def _worse(quality: Quality) -> Html | None:
 
 def training_section(report: Report, palette: Palette) -> Section | None:
     """The loss curves of every stage."""
-    drawn = [_stage(stage, palette, f"loss-{place}") for place, stage in enumerate(report.training) if stage.records]
+    return losses_section(report.training, palette)
+
+
+def losses_section(stages: Sequence[Stage], palette: Palette) -> Section | None:
+    """The loss curves of stages, each with what it took."""
+    drawn = [_stage(stage, palette, f"loss-{place}") for place, stage in enumerate(stages) if stage.records]
     if not drawn:
         return None
     return Section("training", "Loss curves", (tag("div", drawn, class_="curves"),))

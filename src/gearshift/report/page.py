@@ -2,13 +2,15 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from gearshift.report import gears, learning, record
 from gearshift.report.data import Report
-from gearshift.report.html import Html, markup, tag
+from gearshift.report.html import Child, Html, markup, tag
 from gearshift.report.palette import Palette, stylesheet
+from gearshift.report.parts import Section
 
 SECTIONS = (
     learning.quality_section,
@@ -28,6 +30,12 @@ def render(report: Report) -> str:
     """The whole page. The same report gives the same text."""
     palette = Palette.of([mixer.name for mixer in report.mixers], report.main)
     sections = [section for make in SECTIONS if (section := make(report, palette))]
+    foot = ("Exact values are in ", tag("code", "report.json"), ", beside this page.")
+    return document(report.title, gears.headline(report, palette), sections, foot)
+
+
+def document(title: str, top: Child, sections: Sequence[Section], foot: Child) -> str:
+    """A page of its own: a table of contents, the top, the sections, a last line."""
     contents = tag(
         "nav",
         tag("a", "Overview", href="#top"),
@@ -39,29 +47,28 @@ def render(report: Report) -> str:
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"{report.title} · Gearshift"),
+        tag("title", f"{title} · Gearshift"),
         tag("style", Html(stylesheet() + files(__package__).joinpath("page.css").read_text("utf-8"))),
     )
-    foot = tag("footer", "Exact values are in ", tag("code", "report.json"), ", beside this page.")
-    main = tag("main", gears.headline(report, palette), (section.html() for section in sections), foot)
+    main = tag("main", top, (section.html() for section in sections), tag("footer", foot))
     return "<!doctype html>\n" + markup(tag("html", head, "\n", tag("body", contents, main), lang="en")) + "\n"
 
 
 def write(report: Report, folder: Path | str) -> Path:
     """Write `report.json` and `report.html` to a folder, made if it is not there. Gives the page's path.
 
-    Each file is replaced as a whole: a reader sees the old one or the new one, never a part.
     `Report.model_validate_json` reads `report.json` back.
     """
     folder = Path(folder)
     page = render(report)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "report.json", report.model_dump_json(indent=2) + "\n")
-    _replace(folder / "report.html", page)
+    replace_file(folder / "report.json", report.model_dump_json(indent=2) + "\n")
+    replace_file(folder / "report.html", page)
     return folder / "report.html"
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Write a file as a whole: a reader sees the old one or the new one, never a part."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:

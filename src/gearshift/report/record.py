@@ -106,15 +106,16 @@ def settings_section(report: Report, palette: Palette) -> Section:
             *((f"Mixer {mixer.name}", mixer.description) for mixer in report.mixers),
         )
     )
-    groups = [folded(name, _setting(value)) for name, value in report.settings.items()]
+    groups = [folded(name, setting_tree(value)) for name, value in report.settings.items()]
     return Section("settings", "Model and settings", (about, groups))
 
 
-def _setting(value: JsonValue) -> Html:
+def setting_tree(value: JsonValue) -> Html:
+    """Settings as nested lists of names and values."""
     if isinstance(value, dict) and value:
-        return facts((name, _setting(item)) for name, item in value.items())
+        return facts((name, setting_tree(item)) for name, item in value.items())
     if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
-        return tag("ol", (tag("li", _setting(item)) for item in value))
+        return tag("ol", (tag("li", setting_tree(item)) for item in value))
     if isinstance(value, list) and value:
         return tag("code", ", ".join(_scalar(item) for item in value))
     return tag("code", _scalar(value))

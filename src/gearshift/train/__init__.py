@@ -1,6 +1,8 @@
 """Distillation: a layerwise stage, then a stochastic one, from the model itself."""
 
-from gearshift.train.loop import Distiller, TrainingDivergedError, distil
+from gearshift.records import read_records
+from gearshift.train.guard import TrainingDivergedError
+from gearshift.train.loop import Distiller, distil
 from gearshift.train.metrics import (
     CalibrationRecord,
     Callback,
@@ -8,8 +10,6 @@ from gearshift.train.metrics import (
     Record,
     StageEndRecord,
     StepRecord,
-    TensorBoard,
-    read_records,
     step_progress,
 )
 from gearshift.train.recipe import (
@@ -49,7 +49,6 @@ __all__ = [
     "StageEndRecord",
     "StepRecord",
     "StochasticStage",
-    "TensorBoard",
     "TrainResult",
     "TrainingDivergedError",
     "UniformSampling",

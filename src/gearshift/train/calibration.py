@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from gearshift.mixers.base import Mixer
+from gearshift.data import Batch
+from gearshift.mixers.base import MixContext, Mixer
 from gearshift.model import GearshiftForCausalLM
 from gearshift.train.stage import LayerErrors, Precision
 
@@ -78,7 +79,7 @@ def calibrate(
     teacher: GearshiftForCausalLM,
     model: GearshiftForCausalLM,
     students: Sequence[Mapping[str, Mixer]],
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     method: str,
     ridge: float,
     precision: Precision,
@@ -91,7 +92,7 @@ def calibrate(
         teacher: whose main placement gives hidden states and targets. May be the model itself.
         model: holds the mixers.
         students: for every layer, the mixers to fit, by name.
-        batches: the text, each [batch, tokens].
+        batches: the text.
         method: `scale` (one factor) or `ridge` (the whole projection).
         ridge: see `Fit.ridge`.
         precision: of the forward passes.
@@ -100,9 +101,9 @@ def calibrate(
     """
     main = teacher.spec.main
     own = teacher is model
-    hiddens = [teacher.model.embed(batch) for batch in batches]
-    contexts = [teacher.model.context(hidden) for hidden in hiddens]
-    student_contexts = contexts if own else [model.model.context(hidden) for hidden in hiddens]
+    hiddens = [teacher.model.embed(batch.inputs) for batch in batches]
+    contexts = _contexts(teacher, hiddens, batches)
+    student_contexts = contexts if own else _contexts(model, hiddens, batches)
     last_use = {mixer: layer for layer, mixers in enumerate(students) for mixer in mixers.values()}
     fits: dict[Mixer, Fit] = {}
     errors: dict[Mixer, dict[str, float]] = {}
@@ -119,7 +120,7 @@ def calibrate(
                     features = mixer.features(mixer.core(mixer.project(read, seen), seen, None))
                 if mixer not in fits:
                     fits[mixer] = Fit(mixer.o_proj)
-                fits[mixer].add(features, target)
+                fits[mixer].add(batches[index].by_row(features), batches[index].by_row(target))
         for mixer in mixers:
             if last_use[mixer] == layer:
                 errors[mixer] = _apply(fits.pop(mixer), method, ridge)
@@ -129,6 +130,11 @@ def calibrate(
         return [errors[mixers[name]][when] if mixers.get(name) in errors else None for mixers in students]
 
     return {when: {name: by_layer(name, when) for name in names} for when in ("before", "scaled", "after")}
+
+
+def _contexts(model: GearshiftForCausalLM, hiddens: Sequence[Tensor], batches: Sequence[Batch]) -> list[MixContext]:
+    pairs = zip(hiddens, batches, strict=True)
+    return [model.model.context(hidden, cu_seqlens=batch.cu_seqlens) for hidden, batch in pairs]
 
 
 def _apply(fit: Fit, method: str, ridge: float) -> dict[str, float]:

@@ -32,6 +32,8 @@ class Checkpoints:
             save_file({name: parameters[name].detach() for name in distiller.scales}, fresh / "weights.safetensors")
             if distiller.optimiser is not None:
                 torch.save(distiller.optimiser.state_dict(), fresh / "optimiser.pt")
+            if distiller.average is not None:
+                torch.save(distiller.average.state_dict(), fresh / "average.pt")
             progress = {"stage": distiller.progress.stage, "step": distiller.progress.step}
             (fresh / "progress.json").write_text(json.dumps(progress))
         for path in self.folder.iterdir():
@@ -51,8 +53,7 @@ class Checkpoints:
         try:
             weights = load_file(path / "weights.safetensors")
             progress = json.loads((path / "progress.json").read_text())
-            moments = path / "optimiser.pt"
-            state = torch.load(moments, map_location="cpu", weights_only=True) if moments.exists() else None
+            moments, averages = (_load_if_there(path / name) for name in ("optimiser.pt", "average.pt"))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"the checkpoint {path} cannot be read ({error}): remove it to start over") from None
         if weights.keys() != distiller.scales.keys():
@@ -62,10 +63,16 @@ class Checkpoints:
                 if name in weights:
                     parameter.copy_(weights[name])
         distiller.progress = Progress(progress["stage"], progress["step"])
-        if state is not None:
-            distiller.optimiser = distiller.make_optimiser()
-            distiller.optimiser.load_state_dict(state)
+        if moments is not None:
+            distiller.optimiser, distiller.average = distiller.make_optimiser(), distiller.make_average()
+            distiller.optimiser.load_state_dict(moments)
+        if distiller.average is not None and averages is not None:
+            distiller.average.load_state_dict(averages)
         return True
+
+
+def _load_if_there(path: Path) -> dict[str, Any] | None:
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
 class replacing:  # noqa: N801 - reads as a verb

@@ -8,14 +8,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from gearshift.data import Batch
 from gearshift.mixers.base import Mixer
 from gearshift.model import GearshiftForCausalLM
 from gearshift.train.calibration import calibrate
-from gearshift.train.losses import activation_error
+from gearshift.train.graphs import Graphed
 from gearshift.train.recipe import LayerwiseStage
-from gearshift.train.stage import LayerErrors, Precision, StageRun, Terms
+from gearshift.train.stage import Engine, LayerErrors, StageRun, Terms
 
 
 class LayerwiseRun(StageRun):
@@ -25,15 +26,16 @@ class LayerwiseRun(StageRun):
         self,
         model: GearshiftForCausalLM,
         teacher: GearshiftForCausalLM,
-        precision: Precision,
+        engine: Engine,
         stage: LayerwiseStage,
         batch_size: int,
         part_size: int,
     ):
-        super().__init__(model, teacher, precision)
+        super().__init__(model, teacher, engine)
         self.stage = stage
         self.batch_size = batch_size
         self.part_size = part_size
+        self._graphed: dict[float, Graphed[Terms]] = {}
         self.students: list[dict[str, Mixer]] = [
             {
                 name: block.mixer_named(name)
@@ -49,44 +51,55 @@ class LayerwiseRun(StageRun):
     def calibration_sequences(self) -> int:
         return 0 if self.stage.calibration == "none" else self.stage.calibration_sequences or self.batch_size
 
-    def calibrate(self, tokens: Tensor) -> dict[str, LayerErrors]:
+    def calibrate(self, batch: Batch) -> dict[str, LayerErrors]:
         return calibrate(
             self.teacher,
             self.model,
             self.students,
-            tokens.split(self.part_size),
+            batch.split(self.part_size),
             self.stage.calibration,
             self.stage.ridge,
             self.precision,
         )
 
-    def learn(self, tokens: Tensor, step: int, share: float) -> Terms | None:
-        return self._judge(tokens, share)
+    def learn(self, batch: Batch, step: int, share: float) -> Terms | None:
+        if not self.graphs:
+            return self._judge(batch, share)
+        if share not in self._graphed:
+            self._graphed[share] = Graphed(lambda part: self._judge(part, share))
+        return self._graphed[share](batch)
 
-    def measure(self, tokens: Tensor) -> Terms:
-        return self._judge(tokens, None)
+    @property
+    def keeps_gradients(self) -> bool:
+        return self.graphs
 
-    def _judge(self, tokens: Tensor, share: float | None) -> Terms:
+    def close(self) -> None:
+        self._graphed.clear()
+
+    def measure(self, batch: Batch) -> Terms:
+        return self._judge(batch, None)
+
+    def _judge(self, batch: Batch, share: float | None) -> Terms:
         """The error of each mixer of each layer, under (name, layer). Adds gradients if there is a `share`."""
         teacher, student = self.teacher.model, self.model.model
         main = self.teacher.spec.main
         errors: Terms = {}
         with torch.no_grad(), self.precision():
-            hidden = teacher.embed(tokens)
-        context = teacher.context(hidden)
-        own = context if self.own_teacher else student.context(hidden)
+            hidden = teacher.embed(batch.inputs)
+        context = teacher.context(hidden, cu_seqlens=batch.cu_seqlens)
+        own = context if self.own_teacher else student.context(hidden, cu_seqlens=batch.cu_seqlens)
         pairs = zip(teacher.blocks, student.blocks, self.students, strict=True)
         for layer, (block, student_block, mixers) in enumerate(pairs):
             with torch.no_grad(), self.precision():
-                normed = block.mixer_norm(hidden)
-                target = block.mixer_named(main[layer])(normed, context)
-                read = normed if self.own_teacher else student_block.mixer_norm(hidden)
-                hidden = block.feed(block.add_mixed(hidden, target))
+                normed = self.steps.norm(block, hidden)
+                read = normed if self.own_teacher else self.steps.norm(student_block, hidden)
+                teaching = block.mixer_named(main[layer])
+                result = self.steps.core(teaching, normed, context)
+                target, hidden = self.steps.leave(block, teaching, hidden, result)
             for name, mixer in mixers.items():
-                with torch.set_grad_enabled(share is not None):
-                    with self.precision():
-                        output = mixer(read, own)
-                    error = activation_error(output, target)
+                with torch.set_grad_enabled(share is not None), self.precision():
+                    result = self.steps.core(mixer, read, own)
+                    error = self.steps.error(mixer, result, target, len(batch))
                 if share is not None:
                     (error * share).backward()
                 errors[name, layer] = error.detach()

@@ -2,28 +2,32 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gearshift.data import TokenSequences
+from gearshift.data import Batch, Sequences, TokenSequences
 from gearshift.mixers.base import Mixer
 from gearshift.model import GearshiftForCausalLM
+from gearshift.plan.ahead import made_ahead
+from gearshift.spec import Placement
+from gearshift.train.ema import Average
+from gearshift.train.guard import TrainingDivergedError, first_bad_tensor, guarded_step
 from gearshift.train.layerwise import LayerwiseRun
 from gearshift.train.metrics import CalibrationRecord, Callback, Record, StageEndRecord, StepRecord
 from gearshift.train.noise import is_noisy, seeded, set_modes
 from gearshift.train.optim import clip, learning_rate_scales, make_optimiser, schedule, set_learning_rate
 from gearshift.train.recipe import DistillationSettings, LayerwiseStage
-from gearshift.train.stage import Precision, StageRun
+from gearshift.train.stage import Engine, Precision, StageRun
+from gearshift.train.steps import BlockSteps
 from gearshift.train.stochastic import StochasticRun
 
-
-class TrainingDivergedError(RuntimeError):
-    """The loss is no number any more."""
+AHEAD = 3
+"""Batches in memory: the one of this step, and those made while it runs."""
 
 
 @dataclass
@@ -38,13 +42,13 @@ class Distiller:
     """A distillation of a model in memory.
 
     `run()` goes on from `progress`. Between two of its records, the run is exactly what the model's parameters that
-    learn, `progress` and `optimiser` say: whoever saves and restores the three resumes it.
+    learn, `progress`, `optimiser` and `average` say: whoever saves and restores the four resumes it.
     """
 
     def __init__(
         self,
         model: GearshiftForCausalLM,
-        sequences: TokenSequences,
+        sequences: Sequences,
         settings: DistillationSettings,
         teacher: GearshiftForCausalLM | None = None,
         held_out: TokenSequences | None = None,
@@ -67,9 +71,11 @@ class Distiller:
         self.held_out = held_out
         self.progress = Progress()
         self.optimiser: torch.optim.AdamW | None = None
+        self.average: Average | None = None
         self.device = model.lm_head.weight.device
-        self.precision = Precision(settings.autocast, self.device)
         self.noisy = is_noisy(model)
+        self._attention = settings.attention or ("flex_attention" if self.device.type == "cuda" else None)
+        self.engine = _engine(settings, self.device, self.noisy)
         for module in model.modules():
             if isinstance(module, Mixer):
                 module.check_device(self.device, learning=True)
@@ -97,18 +103,30 @@ class Distiller:
         """A new optimiser for the parameters that learn."""
         return make_optimiser(self.model, self.scales, self.settings.optimiser)
 
+    def make_average(self) -> Average | None:
+        """New averages of the parameters that learn, if the settings ask for them."""
+        if self.settings.ema is None:
+            return None
+        learning = ((name, value) for name, value in self.model.named_parameters() if name in self.scales)
+        return Average(learning, self.settings.ema)
+
     @contextmanager
     def _learning(self) -> Iterator[None]:
         """Let the parameters in `scales`, and no others, have gradients. Puts everything back at the end."""
         before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         training = self.model.training
+        functions = {model: model.config._attn_implementation for model in (self.model, self.teacher)}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.scales)
         set_modes(self.model)
+        for model, function in functions.items():
+            model.set_attn_implementation(self._attention or function)
         try:
             yield
         finally:
             self.model.train(training)
+            for model, function in functions.items():
+                model.set_attn_implementation(function)
             for parameter, required in before:
                 parameter.requires_grad_(required)
                 parameter.grad = None
@@ -118,18 +136,28 @@ class Distiller:
         if self.progress.step == 0 and stage.steps and run.calibration_sequences():
             yield self._calibrate(index, run)
         if self.optimiser is None:
-            self.optimiser = self.make_optimiser()
-        while self.progress.step < stage.steps:
-            yield self._step(index, run)
+            self.optimiser, self.average = self.make_optimiser(), self.make_average()
+        with closing(self._batches(index)) as batches:
+            for batch in batches:
+                yield self._step(index, run, batch)
+        if self.average is not None:
+            self.average.apply()
         held_out = self._measure(index, run)
+        run.close()
         ended = self.global_step
-        self.progress, self.optimiser = Progress(index + 1), None
+        self.progress, self.optimiser, self.average = Progress(index + 1), None, None
         yield StageEndRecord(stage=index, type=stage.type, step=stage.steps, global_step=ended, held_out=held_out)
 
     def _calibrate(self, index: int, run: StageRun) -> CalibrationRecord:
         started = time.perf_counter()
+        batch = self._batch(index, 0, run.calibration_sequences()).to(self.device)
         self.model.eval()  # what is fitted must not depend on what dropout leaves of it
-        errors = run.calibrate(self._batch(index, 0, run.calibration_sequences()))
+        try:
+            errors = run.calibrate(batch)
+        except torch.linalg.LinAlgError:
+            parts, plain = self._parts(index, batch), self._stage_run(index, self.engine.plain)
+            what = "the calibration found numbers that are not finite"
+            raise self._diverged(what, lambda: [plain.measure(part) for part in parts]) from None
         set_modes(self.model)
         seconds = time.perf_counter() - started
         kind = self.settings.stages[index].type
@@ -137,26 +165,27 @@ class Distiller:
             stage=index, type=kind, step=0, global_step=self.global_step, seconds=seconds, **errors
         )
 
-    def _step(self, index: int, run: StageRun) -> StepRecord:
+    def _step(self, index: int, run: StageRun, batch: Batch) -> StepRecord:
         started = time.perf_counter()
         stage, settings, step = self.settings.stages[index], self.settings, self.progress.step
         global_step = self._steps_before(index) + step
         assert self.optimiser is not None
         rate = stage.learning_rate * schedule(step, stage.steps, stage.schedule or settings.schedule)
         set_learning_rate(self.optimiser, rate)
-        batch = self._batch(index, step, settings.batch_size_of(index))
-        parts = batch.chunk(settings.parts_of(index))
+        parts = self._parts(index, batch.to(self.device))
         with seeded(self.device, settings.seed, global_step) if self.noisy else nullcontext():
-            values = _average(run, parts, lambda part, share: run.learn(part, global_step, share))
+            terms = _average(parts, lambda part, share: run.learn(part, global_step, share))
         norm = clip(run.clip_groups(), settings.optimiser.clip_norm)
-        if values:
-            self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        said = {"loss": None, "terms": {}} if values is None else run.describe(values)
-        if values is not None and not math.isfinite(said["loss"]):
-            raise TrainingDivergedError(
-                f"the loss became {said['loss']} at step {step} of stage {index} ({stage.type}): lower its rate"
-            )
+        if terms:
+            guarded_step(self.optimiser, norm, *terms.values())
+        # Nothing was read back before this: on a GPU, all of the step has been launched.
+        said = {"loss": None, "terms": {}} if terms is None else run.describe(_read(terms))
+        if terms:
+            self._check(said["loss"], "loss", parts)
+        self._check(float(norm), "norm of the gradients", parts)
+        if self.average is not None:
+            self.average.update()
+        self.optimiser.zero_grad(set_to_none=not run.keeps_gradients)
         self.progress.step += 1
         return StepRecord(
             stage=index,
@@ -166,10 +195,36 @@ class Distiller:
             total_steps=settings.total_steps,
             learning_rate=rate,
             gradient_norm=float(norm),
-            tokens=batch.numel(),
+            tokens=batch.tokens.numel(),
             seconds=time.perf_counter() - started,
             **said,
             **run.describe_step(global_step),
+        )
+
+    def _check(self, value: float, what: str, parts: Sequence[Batch]) -> None:
+        """TrainingDivergedError if a number of the present step is not finite."""
+        if math.isfinite(value):
+            return
+        step = self.global_step
+        plain = self._stage_run(self.progress.stage, self.engine.plain)
+
+        def learn_again() -> None:
+            with seeded(self.device, self.settings.seed, step) if self.noisy else nullcontext():
+                _average(parts, lambda part, share: plain.learn(part, step, share))
+
+        raise self._diverged(f"the {what} became {value}", learn_again, plain.describe_step(step).get("placement"))
+
+    def _diverged(
+        self, what: str, again: Callable[[], object], placement: Placement | None = None
+    ) -> TrainingDivergedError:
+        """What to raise in a step that has changed nothing and must not; `again` repeats it."""
+        kind = self.settings.stages[self.progress.stage].type
+        where = kind if placement is None else f"{kind}, placement {placement}"
+        tensor = first_bad_tensor(self.model, self.teacher, again)
+        return TrainingDivergedError(
+            f"{what} at step {self.progress.step} of stage {self.progress.stage} ({where}). The first bad tensor:"
+            f" {tensor}. Nothing of the step is kept, and the last checkpoint is good. If the model came with bad"
+            " values, mend it; else begin a run with a lower learning rate"
         )
 
     def _measure(self, index: int, run: StageRun) -> dict[str, Any] | None:
@@ -177,29 +232,42 @@ class Distiller:
         if self.held_out is None:
             return None
         size = self.settings.batch_size_of(index) // self.settings.parts_of(index)
-        tokens = self.held_out.tokens.to(self.device)
+        parts = self.held_out.all.to(self.device).split(size)
         self.model.eval()
-        values = _average(run, tokens.split(size), lambda part, share: run.measure(part))
+        terms = _average(parts, lambda part, share: run.measure(part))
         set_modes(self.model)
-        assert values is not None
-        return run.describe(values)
+        assert terms is not None
+        return run.describe(_read(terms))
 
-    def _stage_run(self, index: int) -> StageRun:
-        stage, settings = self.settings.stages[index], self.settings
+    def _stage_run(self, index: int, engine: Engine | None = None) -> StageRun:
+        stage, settings, engine = self.settings.stages[index], self.settings, engine or self.engine
         if isinstance(stage, LayerwiseStage):
             size = settings.batch_size_of(index)
             part = size // settings.parts_of(index)
-            return LayerwiseRun(self.model, self.teacher, self.precision, stage, size, part)
+            return LayerwiseRun(self.model, self.teacher, engine, stage, size, part)
         chunk = settings.loss_chunk or (256 if self.device.type == "cpu" else 2048)
-        return StochasticRun(self.model, self.teacher, self.precision, stage, settings.seed, chunk)
+        return StochasticRun(self.model, self.teacher, engine, stage, settings.seed, chunk)
 
-    def _batch(self, index: int, step: int, count: int) -> Tensor:
-        """`count` sequences from where step `step` of stage `index` begins, [count, tokens]. Stages share one order."""
+    def _parts(self, index: int, batch: Batch) -> list[Batch]:
+        """The parts that a step of stage `index` is processed in."""
+        return batch.split(len(batch) // self.settings.parts_of(index))
+
+    def _batches(self, index: int) -> Generator[Batch, None, None]:
+        """The batches of the steps that are left of stage `index`, made in the background. To be closed."""
+        steps = range(self.progress.step, self.settings.stages[index].steps)
+        size = self.settings.batch_size_of(index)
+        return made_ahead(steps, lambda step: self._batch(index, step, size), lambda step: 1, AHEAD)
+
+    def _batch(self, index: int, step: int, count: int) -> Batch:
+        """`count` sequences from where step `step` of stage `index` begins, not yet on the device.
+
+        Stages share one order.
+        """
         sizes = [self.settings.batch_size_of(stage) for stage in range(index + 1)]
         before = sum(size * stage.steps for size, stage in zip(sizes, self.settings.stages[:index], strict=False))
         first = before + step * sizes[index]
-        drawn = [self.sequences.batch(number, 1, self.settings.seed) for number in range(first, first + count)]
-        return torch.cat(drawn).to(self.device)
+        batch = self.sequences.draw(range(first, first + count), self.settings.seed)
+        return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _steps_before(self, index: int) -> int:
         return sum(stage.steps for stage in self.settings.stages[:index])
@@ -207,7 +275,7 @@ class Distiller:
 
 def distil(
     model: GearshiftForCausalLM,
-    sequences: TokenSequences,
+    sequences: Sequences,
     settings: DistillationSettings,
     on_record: Callable[[Record], None] | None = None,
     callbacks: Sequence[Callback] = (),
@@ -229,9 +297,21 @@ def distil(
             callback.close()
 
 
+def _engine(settings: DistillationSettings, device: torch.device, noisy: bool) -> Engine:
+    """ValueError for CUDA graphs where there can be none."""
+    on_cuda = device.type == "cuda"
+    graphs = (on_cuda and not noisy) if settings.cuda_graphs is None else settings.cuda_graphs
+    if graphs and not on_cuda:
+        raise ValueError(f"cuda_graphs: true needs a CUDA device, not {device}: leave it out")
+    if graphs and noisy:
+        raise ValueError("cuda_graphs: true cannot repeat the dropout of adapters: leave it out")
+    steps = BlockSteps(on_cuda if settings.compile is None else settings.compile)
+    return Engine(Precision(settings.autocast, device), steps, graphs)
+
+
 def _average(
-    run: StageRun, batches: Sequence[Tensor], judge: Callable[[Tensor, float], dict[Any, Tensor] | None]
-) -> dict[Any, float] | None:
+    batches: Sequence[Batch], judge: Callable[[Batch, float], dict[Any, Tensor] | None]
+) -> dict[Any, Tensor] | None:
     """The mean of `judge(part, share)` over parts, weighted by their sequences. None if there was nothing to judge."""
     total: dict[Any, Tensor] = {}
     sequences = sum(len(batch) for batch in batches)
@@ -242,8 +322,12 @@ def _average(
             return None
         for key, value in terms.items():
             total[key] = total[key] + share * value if key in total else share * value
-    # One stack and one copy: on a GPU, reading each term by itself would wait for it.
-    return dict(zip(total, torch.stack(list(total.values())).tolist(), strict=True))
+    return total
+
+
+def _read(terms: Mapping[Any, Tensor]) -> dict[Any, float]:
+    """The terms as numbers: one stack and one copy, for on a GPU each term read by itself would wait for it."""
+    return dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
 
 
 def _check_teacher(model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, settings: DistillationSettings) -> None:

@@ -1,6 +1,7 @@
 """What a student is judged by. All of it in float32, whatever the activations are in."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,9 +24,13 @@ def activation_error(output: Tensor, target: Tensor) -> Tensor:
     return (wrong / target.square().sum((1, 2)).clamp_min(torch.finfo(torch.float).tiny)).mean()
 
 
-def next_tokens(tokens: Tensor) -> Tensor:
-    """The label of each position of `tokens` [batch, tokens]: the token after it, `IGNORED` at the end."""
-    return F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
+def next_tokens(tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The label of each position of `tokens` [batch, tokens]: the token after it, `IGNORED` at the end.
+
+    The end is each document's if `cu_seqlens` (see `MixContext`, on the tokens' device) says where documents are.
+    """
+    labels = F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
+    return labels if cu_seqlens is None else labels.index_fill(1, cu_seqlens[1:].long() - 1, IGNORED)
 
 
 def head_losses(
@@ -38,6 +43,7 @@ def head_losses(
     temperature: float = 1.0,
     chunk: int = 256,
     softcaps: tuple[float | None, float | None] = (None, None),
+    compiled: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the losses on next-token distributions, and each of them, in nats a token.
 
@@ -54,6 +60,7 @@ def head_losses(
         temperature: divides the logits of both divergences, which are multiplied by its square (arXiv 1503.02531).
         chunk: positions.
         softcaps: the student's and the teacher's soft cap on logits (`ModelSpec.logit_softcap`).
+        compiled: whether to compile what is done with a chunk, so that its logits are read fewer times.
     """
     names = [name for name in HEAD_TERMS if weights.get(name, 0.0) > 0]
     if not names:
@@ -68,6 +75,7 @@ def head_losses(
         temperature,
         chunk,
         softcaps,
+        compiled,
     )
     return loss, dict(zip(names, terms.unbind(), strict=True))
 
@@ -91,6 +99,7 @@ class _HeadLosses(torch.autograd.Function):
         temperature: float,
         chunk: int,
         softcaps: tuple[float | None, float | None],
+        compiled: bool,
     ) -> tuple[Tensor, Tensor]:
         of_hidden, of_head = ctx.needs_input_grad[:2]
         hidden_gradient = torch.empty_like(student) if of_hidden else None
@@ -100,21 +109,18 @@ class _HeadLosses(torch.autograd.Function):
         labelled = (labels != IGNORED).sum().clamp_min(1)
         per_position = {name: 1 / labelled if name == "cross_entropy" else 1 / len(student) for name in weights}
         scaled = {name: weight * per_position[name] for name, weight in weights.items()}
+        judge = _compiled_chunk_terms() if compiled else _chunk_terms
         for start in range(0, len(student), chunk):
             part = slice(start, start + chunk)
-            logits = soft_capped(F.linear(student[part], student_head).float(), softcaps[0])
-            against = None
-            if weights.keys() - {"cross_entropy"}:
-                against = soft_capped(F.linear(teacher[part], teacher_head).float(), softcaps[1])
-            sums, gradient = _terms(logits, against, labels[part], scaled, temperature, of_hidden or of_head)
-            if softcaps[0] is not None and (of_hidden or of_head):
-                gradient *= 1 - (logits / softcaps[0]).square()
+            heads = (student_head, teacher_head)
+            sums, of_hidden_part, of_head_part = judge(
+                (student[part], teacher[part]), heads, labels[part], scaled, temperature, softcaps, (of_hidden, of_head)
+            )
             totals += torch.stack([sums[name] * per_position[name] for name in weights])
-            if hidden_gradient is not None:
-                # Spelled as F.linear, which autocast knows: the product runs in the precision of the forward one.
-                hidden_gradient[part] = F.linear(gradient, student_head.t()).to(student.dtype)
-            if head_gradient is not None:
-                head_gradient += F.linear(gradient.t(), student[part].t())
+            if hidden_gradient is not None and of_hidden_part is not None:
+                hidden_gradient[part] = of_hidden_part
+            if head_gradient is not None and of_head_part is not None:
+                head_gradient += of_head_part
         ctx.save_for_backward(hidden_gradient, head_gradient)
         loss = torch.stack([weights[name] * total for name, total in zip(weights, totals, strict=True)]).sum()
         ctx.mark_non_differentiable(totals)
@@ -123,13 +129,43 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients = (None if made is None else made * upstream[0].to(made.dtype) for made in ctx.saved_tensors)
-        return (*gradients, None, None, None, None, None, None, None)
+        return (*gradients, *[None] * 8)
 
 
 def _autocast(head: Tensor) -> Tensor:
     """The head in the precision of its products, so that it is not converted again for every chunk."""
     device = head.device.type
     return head.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else head
+
+
+def _chunk_terms(
+    hidden: tuple[Tensor, Tensor],
+    heads: tuple[Tensor, Tensor],
+    labels: Tensor,
+    weights: Mapping[str, Any],
+    temperature: float,
+    softcaps: tuple[float | None, float | None],
+    wanted: tuple[bool, bool],
+) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+    """The sum of each loss over a chunk's positions, and the gradients of their weighted sum: of the student's hidden
+    states and of its head, where `wanted`. Pairs are of student and teacher.
+    """
+    logits = soft_capped(F.linear(hidden[0], heads[0]).float(), softcaps[0])
+    against = None
+    if weights.keys() - {"cross_entropy"}:
+        against = soft_capped(F.linear(hidden[1], heads[1]).float(), softcaps[1])
+    sums, gradient = _terms(logits, against, labels, weights, temperature, any(wanted))
+    if softcaps[0] is not None:
+        gradient = gradient * (1 - (logits / softcaps[0]).square())
+    # Spelled as F.linear, which autocast knows: the products run in the precision of the forward one.
+    of_hidden = F.linear(gradient, heads[0].t()).to(hidden[0].dtype) if wanted[0] else None
+    of_head = F.linear(gradient.t(), hidden[0].t()) if wanted[1] else None
+    return sums, of_hidden, of_head
+
+
+@cache
+def _compiled_chunk_terms() -> Callable[..., tuple[dict[str, Tensor], Tensor | None, Tensor | None]]:
+    return torch.compile(_chunk_terms, dynamic=False)
 
 
 def _terms(
@@ -168,6 +204,6 @@ def _terms(
         if differentiate:
             labelled = labels != IGNORED
             pull = logits.softmax(-1)
-            pull[labelled, labels[labelled]] -= 1
+            pull.scatter_add_(1, labels.clamp_min(0)[:, None], -torch.ones_like(pull[:, :1]))
             gradient += pull.mul_(labelled[:, None] * weights["cross_entropy"])
     return sums, gradient

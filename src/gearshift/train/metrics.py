@@ -1,4 +1,4 @@
-"""What a run says about itself: records, the callbacks that take them, the JSONL file, TensorBoard."""
+"""What a run says about itself: records, the callbacks that take them, the JSONL file."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
+from gearshift.records import parse_record
 from gearshift.spec import Placement
 
 
@@ -137,61 +138,15 @@ class JsonLines(Callback):
         self._file.close()
 
 
-class TensorBoard(Callback):
-    """Steps as curves in TensorBoard: losses, learning rate, throughput, the share of layers of each mixer."""
-
-    def __init__(self, folder: Path, every: int = 1, purge_from: int | None = None):
-        """Write to `folder` every `every` steps; hide what an earlier run wrote from step `purge_from` on."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError("the recipe asks for TensorBoard, not installed here: pip install tensorboard") from None
-        self.every = every
-        self._writer = SummaryWriter(str(folder), purge_step=purge_from)
-
-    def on_record(self, record: Record) -> None:
-        if not isinstance(record, StepRecord) or record.global_step % self.every:
-            return
-        curves = {f"terms/{name}": value for name, value in record.terms.items()}
-        curves |= {f"mixers/{name}": value for name, value in (record.mixers or {}).items()}
-        if record.loss is not None:
-            curves["loss"] = record.loss
-        if record.placement is not None:
-            counts = record.placement.counts()
-            curves |= {f"share of layers/{name}": count / len(record.placement) for name, count in counts.items()}
-        curves["learning rate"] = record.learning_rate
-        curves["gradient norm"] = record.gradient_norm
-        curves["tokens a second"] = record.tokens / record.seconds
-        for name, value in curves.items():
-            self._writer.add_scalar(name, value, record.global_step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The records in a `metrics.jsonl`, in order. A line that an interruption cut short is left out."""
-    with Path(path).open(encoding="utf-8") as lines:
-        return [record for record in map(_parse, lines) if record is not None]
-
-
 def _lines_before(path: Path, stage: int, step: int) -> list[str]:
     """The lines of the records from before (stage, step)."""
     kept = []
     with path.open(encoding="utf-8") as lines:
         for line in lines:
-            record = _parse(line)
+            record = parse_record(line)
             if record is not None and (record["stage"], record["step"]) < (stage, step):
                 kept.append(line)
     return kept
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return record if line.endswith("\n") else None
 
 
 def _plain(value: Any) -> Any:

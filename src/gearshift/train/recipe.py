@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from gearshift.data import Boundaries, DataSource
 from gearshift.settings import load_settings
 from gearshift.spec import Spec
 from gearshift.train.sampling import AllocationSampling, Sampling, normalised
@@ -127,8 +128,20 @@ class DistillationSettings(Spec):
     Without a match, the factor is 0 for all that the main placement uses, and 1 for everything else."""
     freeze: tuple[str, ...] = ()
     """Globs of parameter names that never learn, whatever their factor."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an exponential moving average of what learns, over the steps that move it. Each stage ends on it: it is
+    what is judged, handed to the next stage and written. Null: none, a stage ends on its last step's values."""
     autocast: Literal["auto", "none", "bfloat16"] = "auto"
     """Precision of the matrix products: `auto` is bfloat16 on CUDA and the weights' own elsewhere."""
+    attention: str | None = None
+    """The attention function of transformers that training runs on. Null: on CUDA `flex_attention`, whose cost follows
+    windows and documents where others pay for the whole square of a sequence; elsewhere the model's own."""
+    compile: bool | None = None
+    """Whether to compile what stands between the mixers' cores (torch.compile): a slow start, then faster steps.
+    Null: on CUDA."""
+    cuda_graphs: bool | None = None
+    """Whether to record what is the same at every step (a layerwise step; the teacher's forward) as a CUDA graph.
+    Null: on CUDA, unless adapters drop inputs at random."""
     loss_chunk: int | None = Field(default=None, ge=1)
     """Positions whose logits are in memory at once; 256 on a CPU and 2048 elsewhere if left out."""
 
@@ -164,7 +177,13 @@ class Recipe(DistillationSettings):
     teacher: str = "self"
     """`self`: the model under its main placement. Or the folder of a reference model of the same shape."""
     text: str | None = None
-    """A file, or a folder of text files. Null: the English text that every Python carries."""
+    """A file, or a folder: short for one source of `data`. With neither, the English text that every Python carries."""
+    data: tuple[DataSource, ...] = ()
+    """The sources of text, mixed by their weights."""
+    documents: Boundaries = "joined"
+    """`joined`: a sequence is one text, whatever documents it holds. `packed`: documents do not see each other."""
+    data_cache: str | None = None
+    """The folder for tokenised text; null: `tokens` in $GEARSHIFT_CACHE, by itself in the user's cache folder."""
     sequence_length: int = Field(default=1024, ge=2)
     """Tokens a sequence."""
     held_out: int = Field(default=0, ge=0)
@@ -173,10 +192,21 @@ class Recipe(DistillationSettings):
     """A device by torch's name; `auto` is CUDA where there is one."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints. There is one at the end of each stage too."""
-    tensorboard: bool = False
-    """Whether to write TensorBoard's files as well, to `tensorboard` in the output folder."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """What shows the run's curves as well: `tensorboard` (in the output folder), `wandb`, `trackio`."""
     log_every: int = Field(default=10, ge=1)
-    """Steps between the points in TensorBoard. The record always has every step."""
+    """Steps between the points in trackers. The record always has every step."""
+
+    @model_validator(mode="after")
+    def _one_text(self) -> Self:
+        if self.text is not None and self.data:
+            raise ValueError("give either text or data: text is short for data with one path")
+        return self
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """The sources of text; none for the text that Python carries."""
+        return self.data if self.text is None else (DataSource(path=self.text),)
 
     @field_validator("model", "output", "teacher")
     @classmethod

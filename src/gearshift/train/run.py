@@ -1,6 +1,5 @@
 """A training run: from a recipe to a folder with a trained model, through interruptions."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,16 +9,27 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from gearshift.data import TokenSequences, load_sequences, python_text, read_text
+from gearshift.data import open_corpus
 from gearshift.formats import FORMATS, NativeConfig
 from gearshift.formats.documents import read_json, write_json
 from gearshift.model import GearshiftForCausalLM
 from gearshift.train.checkpoint import Checkpoints, replacing
 from gearshift.train.loop import Distiller
-from gearshift.train.metrics import Callback, JsonLines, Record, StageEndRecord, StepRecord, TensorBoard
+from gearshift.train.metrics import Callback, JsonLines, Record, StageEndRecord, StepRecord
 from gearshift.train.recipe import Recipe
+from gearshift.train.trackers import check_trackers, make_trackers
 
-MAY_CHANGE = {"output", "device", "checkpoint_every", "tensorboard", "log_every", "loss_chunk"}
+MAY_CHANGE = {
+    "output",
+    "device",
+    "checkpoint_every",
+    "trackers",
+    "log_every",
+    "loss_chunk",
+    "data_cache",
+    "compile",
+    "cuda_graphs",
+}
 """What a resumed run may say otherwise than the run that it goes on with: nothing that decides what is learnt."""
 
 
@@ -59,15 +69,15 @@ def train(
     _check_same_recipe(recipe, output)
     if finished.exists():
         return TrainResult(finished, 0, recipe.total_steps, already_finished=True)
-    distiller, tokenizer, dtype = _prepare(recipe)
-    _claim(recipe, output, distiller.sequences)
+    check_trackers(recipe.trackers)
+    distiller, tokenizer, dtype, text = _prepare(recipe)
+    _claim(recipe, output, text)
     checkpoints = Checkpoints(output / "checkpoints")
     resumed = checkpoints.restore(distiller)
     at = distiller.global_step
     takers = [JsonLines(output / "metrics.jsonl", distiller.progress.stage, distiller.progress.step), *callbacks]
     try:
-        if recipe.tensorboard:
-            takers.append(TensorBoard(output / "tensorboard", recipe.log_every, purge_from=at if resumed else None))
+        takers += make_trackers(recipe.trackers, output, recipe.log_every, recipe.model_dump(mode="json"))
         for record in distiller.run():
             for taker in takers:
                 taker.on_record(record)
@@ -90,18 +100,17 @@ def _is_due(record: Record, every: int) -> bool:
     return isinstance(record, StageEndRecord)
 
 
-def _prepare(recipe: Recipe) -> tuple[Distiller, Any, torch.dtype]:
-    """The run before its first step, the tokenizer, and the dtype that the weights came in."""
+def _prepare(recipe: Recipe) -> tuple[Distiller, Any, torch.dtype, str]:
+    """The run before its first step, the tokenizer, the dtype that the weights came in, and a digest of the text."""
     device = _device(recipe.device)
     model, dtype = _load(recipe.model, device)
     teacher = None if recipe.teacher == "self" else _load(recipe.teacher, device)[0].requires_grad_(False)
     tokenizer = _tokenizer(recipe.model)
-    text = python_text() if recipe.text is None else read_text(recipe.text)
-    sequences = load_sequences(text, tokenizer, recipe.sequence_length)
+    sequences = open_corpus(recipe.sources, tokenizer, recipe.sequence_length, recipe.documents, recipe.data_cache)
     held_out = None
     if recipe.held_out:
         sequences, held_out = sequences.split(recipe.held_out)
-    return Distiller(model, sequences, recipe, teacher, held_out), tokenizer, dtype
+    return Distiller(model, sequences, recipe, teacher, held_out), tokenizer, dtype, sequences.digest()
 
 
 def _load(folder: str, device: torch.device) -> tuple[GearshiftForCausalLM, torch.dtype]:
@@ -157,9 +166,8 @@ def _check_same_recipe(recipe: Recipe, output: Path) -> None:
             )
 
 
-def _claim(recipe: Recipe, output: Path, sequences: TokenSequences) -> None:
-    """Write down whose folder this is. ValueError if it is a run on another text."""
-    text = hashlib.blake2b(sequences.tokens.numpy().tobytes(), digest_size=16).hexdigest()
+def _claim(recipe: Recipe, output: Path, text: str) -> None:
+    """Write down whose folder this is. ValueError if it is a run on another text, by the digest `text`."""
     path = output / "recipe.json"
     if path.exists():
         if json.loads(path.read_text())["text"] != text:

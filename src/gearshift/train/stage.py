@@ -3,12 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from gearshift.data import Batch
 from gearshift.model import GearshiftForCausalLM
+from gearshift.train.steps import BlockSteps
 
 Terms = dict[Any, Tensor]
 """What a batch was judged by: key -> scalar, detached."""
@@ -29,37 +32,59 @@ class Precision:
         return torch.autocast(self.device.type, torch.bfloat16) if self.enabled else nullcontext()
 
 
+@dataclass(frozen=True)
+class Engine:
+    """How the stages compute. Whatever it says, the result is the same but for rounding."""
+
+    precision: Precision
+    steps: BlockSteps
+    graphs: bool = False
+    """Whether work that is the same at every step is recorded as a CUDA graph."""
+
+    @property
+    def plain(self) -> "Engine":
+        """The same with nothing compiled and nothing recorded."""
+        return replace(self, steps=BlockSteps(compiled=False), graphs=False)
+
+
 class StageRun(ABC):
     """A stage at work on a model."""
 
-    def __init__(self, model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, precision: Precision):
+    def __init__(self, model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, engine: Engine):
         self.model = model
         self.teacher = teacher
-        self.precision = precision
+        self.precision = engine.precision
+        self.steps = engine.steps
+        self.graphs = engine.graphs
 
     @property
     def own_teacher(self) -> bool:
         """Whether the model under its main placement is the teacher."""
         return self.teacher is self.model
 
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients must be set to zero between steps, and stay where they are in memory."""
+        return False
+
     def calibration_sequences(self) -> int:
         """How many sequences the stage wants to calibrate on before its first step; 0 if it does not."""
         return 0
 
-    def calibrate(self, tokens: Tensor) -> dict[str, LayerErrors]:
-        """Calibrate on `tokens` [sequences, tokens]. Returns the errors `before`, `scaled` and `after`."""
+    def calibrate(self, batch: Batch) -> dict[str, LayerErrors]:
+        """Calibrate on `batch`. Returns the errors `before`, `scaled` and `after`."""
         raise NotImplementedError
 
     @abstractmethod
-    def learn(self, tokens: Tensor, step: int, share: float) -> Terms | None:
-        """Add the gradient of `share` times the loss on `tokens` [batch, tokens]. None if step `step` has none to add.
+    def learn(self, batch: Batch, step: int, share: float) -> Terms | None:
+        """Add the gradient of `share` times the loss on `batch`. None if step `step` has none to add.
 
         `step` counts from the start of the run, over all stages.
         """
 
     @abstractmethod
-    def measure(self, tokens: Tensor) -> Terms:
-        """Judge `tokens` [batch, tokens], which are not trained on."""
+    def measure(self, batch: Batch) -> Terms:
+        """Judge `batch`, which is not trained on."""
 
     @abstractmethod
     def describe(self, values: Mapping[Any, float]) -> dict[str, Any]:
@@ -68,6 +93,10 @@ class StageRun(ABC):
     def describe_step(self, step: int) -> dict[str, Any]:
         """What a record says of step `step` whatever came of it."""
         return {}
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back the memory of what was recorded."""
 
     @abstractmethod
     def clip_groups(self) -> Iterator[list[nn.Parameter]]:

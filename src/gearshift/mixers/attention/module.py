@@ -3,12 +3,13 @@
 from types import SimpleNamespace
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from gearshift.mixers.attention import AttentionSpec
-from gearshift.mixers.attention.rotary import rotate, tables
+from gearshift.mixers.attention.rotary import Rotary, rotate
 from gearshift.mixers.attention_mask import attention_mask, packing
 from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
 from gearshift.mixers.norm import norm, norm_start
@@ -46,12 +47,17 @@ class Attention(Mixer):
             across = spec.qk_norm_across_heads
             self.q_norm = norm(spec.qk_norm, spec.head_dim * (spec.heads if across else 1))
             self.k_norm = norm(spec.qk_norm, spec.head_dim * (spec.kv_heads if across else 1))
+        self.rotary = None if spec.rotary is None else Rotary(spec.rotary, spec.head_dim)
         # Transformers' attention functions read these from the module they are given.
         self.is_causal = spec.causal
         self.num_key_value_groups = spec.heads // spec.kv_heads
         self.config = SimpleNamespace(_attn_implementation=None)
         # The attention functions apply its rate; it stands here so that training sees that something is random.
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
+
+    def prepare(self, context: MixContext, dtype: torch.dtype) -> None:
+        if self.rotary is not None:
+            self.rotary.tables(dtype, context)
 
     def project(self, hidden: Tensor, context: MixContext) -> Heads:
         query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
@@ -61,8 +67,8 @@ class Attention(Mixer):
         query, key, value = (x.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2) for x in (query, key, value))
         if normed and not self.spec.qk_norm_across_heads:
             query, key = self.q_norm(query), self.k_norm(key)
-        if self.spec.rotary is not None:
-            cosine, sine = tables(self.spec.rotary, self.spec.head_dim, hidden.dtype, context)
+        if self.rotary is not None:
+            cosine, sine = self.rotary.tables(hidden.dtype, context)
             query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
         return Heads(query, key, value)
 

@@ -37,25 +37,36 @@ def frequencies(spec: RotarySpec, head_dim: int, max_positions: int, positions: 
     return ROPE_INIT_FUNCTIONS[spec.type](config, positions.device, seq_len=length)
 
 
-@torch.no_grad()
-def tables(spec: RotarySpec, head_dim: int, dtype: torch.dtype, context: MixContext) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each [batch, 1, tokens, rotated channels] in `dtype`, made once a forward."""
+class Rotary:
+    """The rotary positions of a mixer's heads: tables for `channels` channels of a head, as `spec` describes them."""
 
-    def make() -> tuple[Tensor, Tensor]:
-        inverse, scale = frequencies(spec, head_dim, context.max_positions, context.positions)
-        angles = context.positions[:, None, :, None].float() * inverse
-        angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+    def __init__(self, spec: RotarySpec, channels: int):
+        self.spec = spec
+        self.channels = channels
+        self.key = repr((spec, channels))  # plain text, for compiled code cannot hash a spec
 
-    return context.once(("rotary", spec, head_dim, dtype), make)
+    @torch.no_grad()
+    def tables(self, dtype: torch.dtype, context: MixContext) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each [batch, 1, tokens, rotated channels] in `dtype`, made once a forward.
+
+        Compiled code only finds them: a mixer's `prepare` makes them beforehand.
+        """
+
+        def make() -> tuple[Tensor, Tensor]:
+            inverse, scale = frequencies(self.spec, self.channels, context.max_positions, context.positions)
+            angles = context.positions[:, None, :, None].float() * inverse
+            angles = torch.cat((angles, angles), dim=-1)
+            return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+        return context.once(("rotary", self.key, dtype), make)
 
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turn each pair (i, i + n / 2) of the first n channels of `heads` [batch, heads, tokens, head_dim] by its angle.
 
-    n is the width of the tables; the channels behind them pass.
+    n is the width of the tables; the channels behind them pass. In the dtype of `heads`, however exact the tables are.
     """
     turned, passed = heads.tensor_split((cosine.shape[-1],), dim=-1)
     first, second = turned.chunk(2, dim=-1)
-    turned = turned * cosine + torch.cat((-second, first), dim=-1) * sine
+    turned = (turned * cosine + torch.cat((-second, first), dim=-1) * sine).to(heads.dtype)
     return turned if passed.shape[-1] == 0 else torch.cat((turned, passed), dim=-1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from gearshift.mixers.attention.rotary import rotate, tables
+from gearshift.mixers.attention.rotary import Rotary, rotate
 from gearshift.mixers.attention_mask import attention_mask, packing
 from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
 from gearshift.mixers.multi_head_latent_attention import MultiHeadLatentAttentionSpec
@@ -59,10 +59,15 @@ class MultiHeadLatentAttention(Mixer):
         keys_values = spec.heads * (spec.qk_nope_head_dim + spec.v_head_dim)
         self.kv_up_proj = nn.Linear(spec.kv_lora_rank, keys_values, bias=False)
         self.o_proj = nn.Linear(spec.heads * spec.v_head_dim, hidden_size, bias=spec.bias)
+        self.rotary = None if spec.rotary is None else Rotary(spec.rotary, spec.qk_rope_head_dim)
         # Transformers' attention functions read it from the module they are given, like the class attributes above.
         self.config = SimpleNamespace(_attn_implementation=None)
         # The attention functions apply its rate; it stands here so that training sees that something is random.
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
+
+    def prepare(self, context: MixContext, dtype: torch.dtype) -> None:
+        if self.rotary is not None:
+            self.rotary.tables(dtype, context)
 
     def project(self, hidden: Tensor, context: MixContext) -> Latents:
         nope, rope = self.spec.qk_nope_head_dim, self.spec.qk_rope_head_dim
@@ -72,10 +77,11 @@ class MultiHeadLatentAttention(Mixer):
             query = self.q_up_proj(self.q_norm(self.q_down_proj(hidden)))
         query = query.unflatten(-1, (-1, nope + rope)).transpose(1, 2)
         latent, rope_key = self.kv_down_proj(hidden).split((self.spec.kv_lora_rank, rope), dim=-1)
-        if self.spec.rotary is not None:
+        if self.rotary is not None:
+            tables = self.rotary.tables(hidden.dtype, context)
             plain, turned = query.split((nope, rope), dim=-1)
-            query = torch.cat((plain, self._rotate(turned, context)), dim=-1)
-            rope_key = self._rotate(rope_key[:, None], context)[:, 0]
+            query = torch.cat((plain, self._rotate(turned, *tables)), dim=-1)
+            rope_key = self._rotate(rope_key[:, None], *tables)[:, 0]
         return Latents(query, self.kv_norm(latent), rope_key)
 
     def core(self, inputs: Latents, context: MixContext, state: MixerState | None) -> Tensor:
@@ -102,14 +108,14 @@ class MultiHeadLatentAttention(Mixer):
     def features(self, result: Tensor) -> Tensor:
         return result.flatten(2)
 
-    def _rotate(self, heads: Tensor, context: MixContext) -> Tensor:
+    def _rotate(self, heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         """`heads` [batch, heads, tokens, qk_rope_head_dim] rotated.
 
         Interleaved pairs come out apart, first halves then second ones, in queries and keys alike.
         """
         if self.spec.interleaved:
             heads = heads.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        return rotate(heads, *tables(self.spec.rotary, self.spec.qk_rope_head_dim, heads.dtype, context))
+        return rotate(heads, cosine, sine)
 
     def _expand(self, latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
         """The heads' keys and values, [batch, heads, tokens, channels], from what the state keeps."""

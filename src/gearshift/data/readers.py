@@ -1,0 +1,195 @@
+"""Text from where it lies, a piece at a time: plain files, jsonl, parquet, datasets of the hub."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+TEXT = (".txt", ".md", ".rst", ".text")
+LINES = (".jsonl", ".ndjson")
+PARQUET = (".parquet",)
+PIECE = 2**20
+"""Bytes. A longer plain text is read in pieces, cut at ends of lines."""
+EXTRA = 'pip install "gearshift[data]"'
+
+
+class Piece(NamedTuple):
+    """A document, or a part of one."""
+
+    text: str
+    ends: bool
+    """Whether the document ends here."""
+    amount: float
+    """How much of the reader's `size` was read for it."""
+
+
+class Reader(Protocol):
+    """A source of text."""
+
+    name: str
+    """What a person calls it."""
+    size: int
+    """What all pieces' amounts add up to."""
+
+    def identity(self) -> Any:
+        """What changes if the text may have changed, as JSON."""
+        ...
+
+    def pieces(self) -> Iterator[Piece]:
+        """All documents, in order. ValueError, in a sentence, where one cannot be read."""
+        ...
+
+
+class Files:
+    """A file, or all files below a folder that hold text, sorted by path: `.jsonl`, `.parquet`, or plain text."""
+
+    def __init__(self, path: str | Path, field: str = "text"):
+        """`field` is the key or column of the text. ValueError if there is no such file."""
+        path = Path(path)
+        self.name = str(path)
+        self.field = field
+        if not path.exists():
+            raise ValueError(f"no text at {path}: there is no such file or folder")
+        suffixes = (*TEXT, *LINES, *PARQUET)
+        inside = (file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
+        self.files = sorted(inside) if path.is_dir() else [path]
+        if not self.files:
+            raise ValueError(f"no text in {path}: it holds no file that ends in {', '.join(sorted(suffixes))}")
+        self.size = sum(file.stat().st_size for file in self.files)
+
+    def identity(self) -> Any:
+        stats = [(str(file.resolve()), file.stat()) for file in self.files]
+        return [self.field, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
+
+    def pieces(self) -> Iterator[Piece]:
+        for file in self.files:
+            if file.suffix in LINES:
+                yield from _lines(file, self.field)
+            elif file.suffix in PARQUET:
+                yield from _parquet(file, self.field)
+            else:
+                yield from _plain(file)
+
+
+class Dataset:
+    """A dataset of the Hugging Face hub, or anything else that `datasets.load_dataset` takes by name."""
+
+    def __init__(self, dataset: str, config: str | None, split: str, field: str = "text"):
+        """ValueError if it cannot be loaded or has no such column."""
+        self.name = dataset
+        self.field = field
+        load_dataset = _load_dataset()
+        try:
+            self.rows = load_dataset(dataset, config, split=split)
+        except Exception as error:  # what loading a dataset runs into is as varied as datasets are
+            raise ValueError(
+                f"the dataset {dataset!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
+            ) from None
+        _check_column(f"the dataset {dataset!r}", field, self.rows.column_names)
+        self.size = len(self.rows)
+
+    def identity(self) -> Any:
+        return [self.name, self.field, self.rows._fingerprint]
+
+    def pieces(self) -> Iterator[Piece]:
+        number = 0
+        for rows in self.rows.select_columns([self.field]).iter(batch_size=1000):
+            for value in rows[self.field]:
+                yield Piece(_text(value, self.field, f"{self.name}, row {number}"), True, 1)
+                number += 1
+
+
+class Documents:
+    """Texts in memory."""
+
+    def __init__(self, name: str, texts: list[str]):
+        self.name = name
+        self.texts = texts
+        self.size = sum(map(len, texts))
+
+    def identity(self) -> Any:
+        return hashlib.blake2b("\0".join(self.texts).encode(), digest_size=16).hexdigest()
+
+    def pieces(self) -> Iterator[Piece]:
+        return (Piece(text, True, len(text)) for text in self.texts)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file, or of all text files below a folder, sorted by path. ValueError if there is none."""
+    return "".join(piece.text + "\n\n\n" * piece.ends for piece in Files(path).pieces()).removesuffix("\n\n\n")
+
+
+def _plain(path: Path) -> Iterator[Piece]:
+    with path.open("rb") as file:
+        at = 0
+        lines = file.readlines(PIECE)
+        while lines:
+            content = b"".join(lines)
+            lines = file.readlines(PIECE)
+            try:
+                text = content.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not UTF-8 text: byte {at + error.start} cannot be read") from None
+            yield Piece(text.replace("\r\n", "\n").replace("\r", "\n"), not lines, len(content))
+            at += len(content)
+
+
+def _lines(path: Path, field: str) -> Iterator[Piece]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line.rstrip()) if line.strip() else {field: ""}
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 text, byte {error.start} of the line cannot be read") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: not an object with the key {field!r}")
+            _check_column(where, field, row)
+            yield Piece(_text(row[field], field, where), True, len(line))
+
+
+def _parquet(path: Path, field: str) -> Iterator[Piece]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(f"reading {path} needs pyarrow: {EXTRA}") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            _check_column(str(path), field, file.schema_arrow.names)
+            amount = path.stat().st_size / max(1, file.metadata.num_rows)
+            number = 0
+            for rows in file.iter_batches(columns=[field]):
+                for value in rows.column(0).to_pylist():
+                    yield Piece(_text(value, field, f"{path}, row {number}"), True, amount)
+                    number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from None
+
+
+def _load_dataset() -> Callable[..., Any]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(f"the package datasets is not installed: {EXTRA}") from None
+    return load_dataset
+
+
+def _check_column(where: str, field: str, names: Any) -> None:
+    if field not in names:
+        raise ValueError(
+            f"{where}: there is no column {field!r}; there is {', '.join(map(str, names)) or 'none at all'}"
+        )
+
+
+def _text(value: Any, field: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {field!r} is not a text but {'null' if value is None else type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {field!r} is not Unicode text: character {error.start} is half of a pair") from None
+    return value

@@ -1,0 +1,144 @@
+"""Text tokenised once, into memory-mapped files that every later run opens."""
+
+import hashlib
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from rich.console import Console
+
+from gearshift.data.readers import Piece, Reader
+from gearshift.plan.ahead import made_ahead
+from gearshift.progress import Advance, bar
+
+LAYOUT = 1
+"""Of the files. One more than before wherever the same text would be written otherwise."""
+GROUP = 4 * 2**20
+"""Characters that are tokenised at a time, in parallel over documents and pieces of them."""
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """The tokens of one source, on disk."""
+
+    folder: Path
+    name: str
+    """What a person calls the source."""
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """`dtype`, `tokens`, `documents` and the `digest` of the tokens and their documents."""
+        return json.loads((self.folder / "facts.json").read_text())
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """[tokens], memory-mapped."""
+        return np.memmap(self.folder / "tokens.bin", self.facts["dtype"], "r")
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """[documents], int64, rising, memory-mapped: the first token of each document."""
+        return np.memmap(self.folder / "documents.bin", np.int64, "r")
+
+
+def cache_folder() -> Path:
+    """Where tokens are kept: $GEARSHIFT_CACHE, or `gearshift` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("GEARSHIFT_CACHE") or Path(home) / "gearshift") / "tokens"
+
+
+def tokenised(reader: Reader, tokenizer: Any, cache: str | Path | None = None) -> TokenFile:
+    """The tokens of a source: those an earlier call has written, or new ones, with a progress bar on a terminal.
+
+    Each document is followed by the tokenizer's end-of-sequence token, if it has one. Of processes that want the same
+    tokens at the same time, one writes and the others wait. ValueError if the source has no text, or cannot be read.
+    """
+    cache = Path(cache) if cache else cache_folder()
+    identity = json.dumps([LAYOUT, reader.identity(), tokenizer_identity(tokenizer)])
+    target = cache / hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{target.name}.lock"):
+            if not target.exists():
+                _write(reader, tokenizer, target)
+    return TokenFile(target, reader.name)
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """A digest of all that decides the tokens of a text."""
+    if getattr(tokenizer, "is_fast", False):
+        said = tokenizer.backend_tokenizer.to_str()
+    else:
+        said = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab(), repr(tokenizer.init_kwargs)])
+    return hashlib.blake2b(f"{said} {tokenizer.eos_token_id}".encode(), digest_size=16).hexdigest()
+
+
+def _write(reader: Reader, tokenizer: Any, target: Path) -> None:
+    """Tokenise all of a source into `target`, written aside and renamed."""
+    fresh = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        with bar(Console(stderr=True), f"tokenising {reader.name}", reader.size) as advance:
+            facts = _write_tokens(reader, tokenizer, fresh, advance)
+        if not facts["tokens"]:
+            raise ValueError(f"there is no text in {reader.name}: all that it holds is empty")
+        (fresh / "facts.json").write_text(json.dumps(facts))
+        fresh.rename(target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _write_tokens(reader: Reader, tokenizer: Any, folder: Path, advance: Advance) -> dict[str, Any]:
+    """Write `tokens.bin` and `documents.bin`. Returns the facts."""
+    dtype = np.min_scalar_type(max(tokenizer.get_vocab().values()))
+    end = b"" if tokenizer.eos_token_id is None else np.array([tokenizer.eos_token_id], dtype).tobytes()
+    digest = hashlib.blake2b(digest_size=16)
+    starts, written, begun = array("q"), 0, False
+
+    def encode(group: list[Piece]) -> list[tuple[Piece, bytes]]:
+        texts = [piece.text for piece in group]
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return [(piece, np.array(ids, dtype).tobytes()) for piece, ids in zip(group, encoded, strict=True)]
+
+    ahead = made_ahead(_groups(reader.pieces()), encode, lambda group: 1, most=2)
+    with (folder / "tokens.bin").open("wb") as file, closing(ahead) as groups:
+        for group in groups:
+            for piece, content in group:
+                if content and not begun:
+                    starts.append(written)
+                    begun = True
+                if piece.ends and begun:
+                    content += end
+                    begun = False
+                file.write(content)
+                digest.update(content)
+                written += len(content) // dtype.itemsize
+                advance(piece.amount)
+    documents = np.array(starts, np.int64).tobytes()
+    (folder / "documents.bin").write_bytes(documents)
+    digest.update(documents)
+    return {"dtype": dtype.name, "tokens": written, "documents": len(starts), "digest": digest.hexdigest()}
+
+
+def _groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in lists of about GROUP characters."""
+    group: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece.text)
+        if size >= GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

@@ -1,0 +1,88 @@
+"""Compiled steps and CUDA graphs teach what plain ones teach."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from gearshift.data import TokenSequences
+from gearshift.train import DistillationSettings, LayerwiseStage, StochasticStage, distil
+from tests.models import MIXERS, supernet, tokens
+
+STAGES = {
+    "layerwise": LayerwiseStage(steps=6, calibration="none"),
+    "stochastic": StochasticStage(steps=6),
+    "stochastic, all losses": StochasticStage(
+        steps=3, losses={"forward_kl": 1.0, "reverse_kl": 0.2, "cross_entropy": 0.5, "activation": 0.1}
+    ),
+}
+LATENT = {
+    "type": "multi_head_latent_attention",
+    "heads": 4,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+STATE_SPACES = {
+    "mamba": {"type": "mamba", "projection": "grouped", "inner_size": 32, "xb_size": 16},
+    "mamba2": {"type": "mamba2", "state_size": 8, "heads": 4, "head_dim": 8},
+    "discrete": {"type": "discrete_mamba2", "value_heads": 4, "key_heads": 2},
+}
+
+
+def learnt(stage: str, device: str = "cpu", **settings: Any) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """What the mixers' parameters moved by, and the losses on the way."""
+    model = supernet(layers=2, mixers={**MIXERS, "latent": LATENT, **(STATE_SPACES if device == "cpu" else {})})
+    model.to(device)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    losses: list[float] = []
+    distil(
+        model,
+        TokenSequences(tokens(8, 20)),
+        DistillationSettings(stages=(STAGES[stage],), batch_size=4, gradient_accumulation=2, **settings),
+        lambda record: losses.append(record.loss) if record.event == "step" else None,
+    )
+    return {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}, losses
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_every_mixer_compiles_as_a_whole(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    compiled: Callable[..., Any] = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compiled)
+    torch.compiler.reset()
+    moved, losses = learnt(stage, compile=True)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    expected, plain = learnt(stage, compile=False)
+    assert losses == pytest.approx(plain, rel=1e-5)
+    assert graphs >= 4
+    for name, change in expected.items():
+        assert torch.allclose(moved[name], change, atol=1e-5), name
+
+
+def test_graphs_need_cuda() -> None:
+    with pytest.raises(ValueError, match="cuda_graphs: true needs a CUDA device, not cpu"):
+        learnt("layerwise", cuda_graphs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", list(STAGES))
+@pytest.mark.parametrize(("compiled", "graphs"), [(True, False), (False, True), (True, True)])
+def test_on_cuda(stage: str, compiled: bool, graphs: bool) -> None:
+    """In float32: equal but for the order of sums. The heads are too narrow for flex attention."""
+    settings = {"autocast": "none", "attention": "sdpa"}
+    _, losses = learnt(stage, "cuda", compile=compiled, cuda_graphs=graphs, **settings)
+    _, plain = learnt(stage, "cuda", compile=False, cuda_graphs=False, **settings)
+    assert losses == pytest.approx(plain, rel=1e-3)
+
+
+def test_the_attention_function_is_put_back() -> None:
+    model = supernet(layers=1)
+    seen: list[str] = []
+    settings = DistillationSettings(stages=(STAGES["layerwise"],), batch_size=4, attention="eager")
+    data = TokenSequences(tokens(8, 20))
+    distil(model, data, settings, lambda record: seen.append(model.config._attn_implementation))
+    assert set(seen) == {"eager"}
+    assert model.config._attn_implementation == "sdpa"
