@@ -93,13 +93,10 @@ class LayerwiseRun(StageRun):
             with torch.no_grad(), self.precision():
                 normed = self.steps.norm(block, hidden)
                 read = normed if self.own_teacher else self.steps.norm(student_block, hidden)
-                teaching = block.mixer_named(main[layer])
-                result = self.steps.core(teaching, normed, context)
-                target, hidden = self.steps.leave(block, teaching, hidden, result)
+                target, hidden = self.steps.teach(block, main[layer], hidden, normed, context)
             for name, mixer in mixers.items():
                 with torch.set_grad_enabled(share is not None), self.precision():
-                    result = self.steps.core(mixer, read, own)
-                    error = self.steps.error(mixer, result, target, len(batch))
+                    error = self.steps.error(mixer, read, own, target, len(batch))
                 if share is not None:
                     (error * share).backward()
                 errors[name, layer] = error.detach()

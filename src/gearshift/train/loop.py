@@ -23,7 +23,7 @@ from gearshift.train.noise import is_noisy, seeded, set_modes
 from gearshift.train.optim import clip, learning_rate_scales, make_optimiser, schedule, set_learning_rate
 from gearshift.train.recipe import DistillationSettings, LayerwiseStage
 from gearshift.train.stage import Engine, Precision, StageRun
-from gearshift.train.steps import BlockSteps
+from gearshift.train.steps import BlockSteps, CompiledSteps
 from gearshift.train.stochastic import StochasticRun
 
 AHEAD = 3
@@ -305,7 +305,8 @@ def _engine(settings: DistillationSettings, device: torch.device, noisy: bool) -
         raise ValueError(f"cuda_graphs: true needs a CUDA device, not {device}: leave it out")
     if graphs and noisy:
         raise ValueError("cuda_graphs: true cannot repeat the dropout of adapters: leave it out")
-    steps = BlockSteps(on_cuda if settings.compile is None else settings.compile)
+    compiled = on_cuda if settings.compile is None else settings.compile
+    steps = CompiledSteps() if compiled else BlockSteps()
     return Engine(Precision(settings.autocast, device), steps, graphs)
 
 

@@ -44,7 +44,7 @@ class Engine:
     @property
     def plain(self) -> "Engine":
         """The same with nothing compiled and nothing recorded."""
-        return replace(self, steps=BlockSteps(compiled=False), graphs=False)
+        return replace(self, steps=BlockSteps(), graphs=False)
 
 
 class StageRun(ABC):

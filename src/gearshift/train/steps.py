@@ -4,7 +4,6 @@ What stands between a mixer's core (a recurrence's kernels, an attention functio
 whole: norms, projections, rotations, gates, residuals and the MLP, forwards and backwards. Cores run as they are.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,48 +19,65 @@ VARIANTS = 128
 
 
 class BlockSteps:
-    """A block in steps. All hidden states and outputs are [batch, tokens, hidden]."""
+    """A block in steps, as its modules are. All hidden states and outputs are [batch, tokens, hidden]."""
 
-    def __init__(self, compiled: bool):
-        """With `compiled`, through torch.compile: for fixed shapes, once for all layers of the same kind."""
-        self.compiled = compiled
-        if compiled:
-            # Beyond its limit torch.compile goes on uncompiled, which is never what was asked for here.
-            torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
-            torch._dynamo.config.accumulated_recompile_limit = max(
-                8 * VARIANTS, torch._dynamo.config.accumulated_recompile_limit
-            )
-        made = partial(torch.compile, dynamic=False) if compiled else _as_it_is
-        self._enter, self._leave = made(_enter), made(_leave)
-        self._norm, self._project, self._error = made(_norm), made(_project), made(_error)
+    compiled = False
 
     def run(self, block: Block, name: str, hidden: Tensor, context: MixContext) -> tuple[Tensor, Tensor]:
         """The output of the mixer called `name`, and what the next block reads."""
+        return self.teach(block, name, hidden, self.norm(block, hidden), context)
+
+    def norm(self, block: Block, hidden: Tensor) -> Tensor:
+        """What the block's mixers read."""
+        return block.mixer_norm(hidden)
+
+    def teach(
+        self, block: Block, name: str, hidden: Tensor, normed: Tensor, context: MixContext
+    ) -> tuple[Tensor, Tensor]:
+        """As `run`, from `normed`, what the mixer reads of `hidden`."""
+        output = block.mixer_named(name)(normed, context)
+        return output, block.feed(block.add_mixed(hidden, output))
+
+    def error(self, mixer: Mixer, normed: Tensor, context: MixContext, target: Tensor, rows: int) -> Tensor:
+        """The normalised error of a mixer's output, `rows` sequences that may be packed into one."""
+        return _row_error(mixer(normed, context), target, rows)
+
+
+class CompiledSteps(BlockSteps):
+    """The same through torch.compile: for fixed shapes, once for all layers of a kind, everything but mixers' cores."""
+
+    compiled = True
+
+    def __init__(self) -> None:
+        # Beyond its limit torch.compile goes on uncompiled, which is never what was asked for here.
+        config = torch._dynamo.config
+        config.recompile_limit = max(VARIANTS, config.recompile_limit)
+        config.accumulated_recompile_limit = max(8 * VARIANTS, config.accumulated_recompile_limit)
+        made = partial(torch.compile, dynamic=False)
+        self._enter, self._norm, self._project = made(_enter), made(_norm), made(_project)
+        self._leave, self._error = made(_leave), made(_error)
+
+    def run(self, block: Block, name: str, hidden: Tensor, context: MixContext) -> tuple[Tensor, Tensor]:
         mixer = block.mixer_named(name)
         mixer.prepare(context, hidden.dtype)
         result = mixer.core(self._enter(block, mixer, hidden, context), context, None)
         return self._leave(block, mixer, hidden, result)
 
     def norm(self, block: Block, hidden: Tensor) -> Tensor:
-        """What the block's mixers read."""
         return self._norm(block, hidden)
 
-    def core(self, mixer: Mixer, normed: Tensor, context: MixContext) -> Any:
-        """The result of the mixer's core, from what it reads."""
+    def teach(
+        self, block: Block, name: str, hidden: Tensor, normed: Tensor, context: MixContext
+    ) -> tuple[Tensor, Tensor]:
+        mixer = block.mixer_named(name)
+        return self._leave(block, mixer, hidden, self._core(mixer, normed, context))
+
+    def error(self, mixer: Mixer, normed: Tensor, context: MixContext, target: Tensor, rows: int) -> Tensor:
+        return self._error(mixer, self._core(mixer, normed, context), target, rows)
+
+    def _core(self, mixer: Mixer, normed: Tensor, context: MixContext) -> Any:
         mixer.prepare(context, normed.dtype)
         return mixer.core(self._project(mixer, normed, context), context, None)
-
-    def leave(self, block: Block, mixer: Mixer, hidden: Tensor, result: Any) -> tuple[Tensor, Tensor]:
-        """The mixer's output, and what the next block reads."""
-        return self._leave(block, mixer, hidden, result)
-
-    def error(self, mixer: Mixer, result: Any, target: Tensor, rows: int) -> Tensor:
-        """The normalised error of the mixer's output, both cut into `rows` sequences if they are packed."""
-        return self._error(mixer, result, target, rows)
-
-
-def _as_it_is(step: Callable[..., Any]) -> Callable[..., Any]:
-    return step
 
 
 def _enter(block: Block, mixer: Mixer, hidden: Tensor, context: MixContext) -> Any:
@@ -82,5 +98,8 @@ def _leave(block: Block, mixer: Mixer, hidden: Tensor, result: Any) -> tuple[Ten
 
 
 def _error(mixer: Mixer, result: Any, target: Tensor, rows: int) -> Tensor:
-    output, target = (x.reshape(rows, -1, x.shape[-1]) for x in (mixer.output(result), target))
-    return activation_error(output, target)
+    return _row_error(mixer.output(result), target, rows)
+
+
+def _row_error(output: Tensor, target: Tensor, rows: int) -> Tensor:
+    return activation_error(*(x.reshape(rows, -1, x.shape[-1]) for x in (output, target)))
