@@ -113,22 +113,31 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     overrides: Overrides = None,
 ) -> None:
-    """Distil a supernet by a recipe. Run again, it goes on from its last checkpoint."""
-    from gearshift.progress import bar
+    """Distil a supernet by a recipe. Run again, it goes on from its last checkpoint.
+
+    On several GPUs: `torchrun --nproc-per-node N -m gearshift train RECIPE`.
+    """
+    from contextlib import nullcontext
+
+    from gearshift.progress import bar, silent
     from gearshift.train import StepRecord, load_recipe
     from gearshift.train import train as run_recipe
+    from gearshift.train.parallel import process_group
 
-    settings = load_recipe(recipe, overrides or [])
-    with bar(err, "training", settings.total_steps) as advance:
-        done = 0
+    with process_group() as first:
+        settings = load_recipe(recipe, overrides or [])
+        with bar(err, "training", settings.total_steps) if first else nullcontext(silent) as advance:
+            done = 0
 
-        def watch(record: object) -> None:
-            nonlocal done
-            if isinstance(record, StepRecord):
-                advance(record.global_step + 1 - done)
-                done = record.global_step + 1
+            def watch(record: object) -> None:
+                nonlocal done
+                if isinstance(record, StepRecord):
+                    advance(record.global_step + 1 - done)
+                    done = record.global_step + 1
 
-        result = run_recipe(settings, watch)
+            result = run_recipe(settings, watch)
+    if not first:
+        return
     if result.already_finished:
         out.print(f"{result.model}: this run was finished before, nothing is left to do")
     else:
@@ -269,7 +278,10 @@ def export(
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write one placement of a model as a checkpoint of its own."""
+    """Write one placement of a model as a checkpoint of its own.
+
+    MODEL may be the folder of a training run too, finished or not.
+    """
     from gearshift.conversion import export as plan_export
     from gearshift.conversion import export_adapters
     from gearshift.progress import bar

@@ -14,6 +14,7 @@ from gearshift.mixers.base import Mixer
 from gearshift.model import GearshiftForCausalLM
 from gearshift.train.calibration import calibrate
 from gearshift.train.losses import activation_error
+from gearshift.train.parallel import ALONE, Parallel
 from gearshift.train.recipe import LayerwiseStage
 from gearshift.train.stage import LayerErrors, Precision, StageRun, Terms
 
@@ -29,11 +30,13 @@ class LayerwiseRun(StageRun):
         stage: LayerwiseStage,
         batch_size: int,
         part_size: int,
+        parallel: Parallel = ALONE,
     ):
         super().__init__(model, teacher, precision)
         self.stage = stage
         self.batch_size = batch_size
         self.part_size = part_size
+        self.parallel = parallel
         self.students: list[dict[str, Mixer]] = [
             {
                 name: block.mixer_named(name)
@@ -54,10 +57,11 @@ class LayerwiseRun(StageRun):
             self.teacher,
             self.model,
             self.students,
-            tokens.split(self.part_size),
+            self.parallel.deal(tokens, self.part_size),
             self.stage.calibration,
             self.stage.ridge,
             self.precision,
+            self.parallel,
         )
 
     def learn(self, tokens: Tensor, step: int, share: float) -> Terms | None:

@@ -17,6 +17,7 @@ from gearshift.train.layerwise import LayerwiseRun
 from gearshift.train.metrics import CalibrationRecord, Callback, Record, StageEndRecord, StepRecord
 from gearshift.train.noise import seeded, set_modes
 from gearshift.train.optim import clip, learning_rate_scales, make_optimiser, schedule, set_learning_rate
+from gearshift.train.parallel import ALONE, Parallel
 from gearshift.train.recipe import DistillationSettings, LayerwiseStage
 from gearshift.train.stage import Precision, StageRun
 from gearshift.train.stochastic import StochasticRun
@@ -48,6 +49,7 @@ class Distiller:
         settings: DistillationSettings,
         teacher: GearshiftForCausalLM | None = None,
         held_out: TokenSequences | None = None,
+        parallel: Parallel = ALONE,
     ):
         """Prepare, and change nothing yet.
 
@@ -57,6 +59,7 @@ class Distiller:
             settings: how.
             teacher: a reference model of the same shape, whose main placement teaches. None: the model's own.
             held_out: what each stage is judged on at its end.
+            parallel: the processes that share the work, where both models lie already. By itself, this one alone.
 
         Raises ValueError if the settings do not fit the model.
         """
@@ -65,6 +68,8 @@ class Distiller:
         self.settings = settings
         self.teacher = model if teacher is None else teacher
         self.held_out = held_out
+        self.parallel = parallel
+        self.parallel.check(settings)
         self.progress = Progress()
         self.optimiser: torch.optim.AdamW | None = None
         self.device = model.lm_head.weight.device
@@ -142,10 +147,13 @@ class Distiller:
         rate = stage.learning_rate * schedule(step, stage.steps, stage.schedule or settings.schedule)
         set_learning_rate(self.optimiser, rate)
         batch = self._batch(index, step, settings.batch_size_of(index))
-        parts = batch.chunk(settings.parts_of(index))
+        described = run.describe_step(global_step)
+        self.parallel.expect(self.model, self.teacher, described.get("placement"))
+        parts = [self.parallel.slice(part) for part in batch.chunk(settings.parts_of(index))]
         with seeded(self.model, self.device, settings.seed, global_step):
-            values = _average(run, parts, lambda part, share: run.learn(part, global_step, share))
-        norm = clip(run.clip_groups(), settings.optimiser.clip_norm)
+            values = self._average(parts, lambda part, share: run.learn(part, global_step, share))
+        self.parallel.finish(self.model)
+        norm = clip(run.clip_groups(), settings.optimiser.clip_norm, self.parallel)
         if values:
             self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
@@ -166,7 +174,7 @@ class Distiller:
             tokens=batch.numel(),
             seconds=time.perf_counter() - started,
             **said,
-            **run.describe_step(global_step),
+            **described,
         )
 
     def _measure(self, index: int, run: StageRun) -> dict[str, Any] | None:
@@ -176,17 +184,38 @@ class Distiller:
         size = self.settings.batch_size_of(index) // self.settings.parts_of(index)
         tokens = self.held_out.tokens.to(self.device)
         self.model.eval()
-        values = _average(run, tokens.split(size), lambda part, share: run.measure(part))
+        values = self._average(self.parallel.deal(tokens, size), lambda part, share: run.measure(part))
         set_modes(self.model)
         assert values is not None
         return run.describe(values)
+
+    def _average(
+        self, batches: Sequence[Tensor], judge: Callable[[Tensor, float], dict[Any, Tensor] | None]
+    ) -> dict[Any, float] | None:
+        """The mean of `judge(part, share)` over all parts on all processes, weighted by their sequences.
+
+        None if there was nothing to judge.
+        """
+        total: dict[Any, Tensor] = {}
+        sequences = sum(len(batch) for batch in batches)
+        for index, batch in enumerate(batches):
+            share = len(batch) / sequences
+            self.parallel.sync(index == len(batches) - 1)
+            terms = judge(batch, share)
+            if terms is None:
+                return None
+            for key, value in terms.items():
+                total[key] = total[key] + share * value if key in total else share * value
+        # One stack and one copy: on a GPU, reading each term by itself would wait for it.
+        mean = self.parallel.average(torch.stack(list(total.values())))
+        return dict(zip(total, mean.tolist(), strict=True))
 
     def _stage_run(self, index: int) -> StageRun:
         stage, settings = self.settings.stages[index], self.settings
         if isinstance(stage, LayerwiseStage):
             size = settings.batch_size_of(index)
             part = size // settings.parts_of(index)
-            return LayerwiseRun(self.model, self.teacher, self.precision, stage, size, part)
+            return LayerwiseRun(self.model, self.teacher, self.precision, stage, size, part, self.parallel)
         chunk = settings.loss_chunk or (256 if self.device.type == "cpu" else 2048)
         return StochasticRun(self.model, self.teacher, self.precision, stage, settings.seed, chunk)
 
@@ -224,23 +253,6 @@ def distil(
     finally:
         for callback in callbacks:
             callback.close()
-
-
-def _average(
-    run: StageRun, batches: Sequence[Tensor], judge: Callable[[Tensor, float], dict[Any, Tensor] | None]
-) -> dict[Any, float] | None:
-    """The mean of `judge(part, share)` over parts, weighted by their sequences. None if there was nothing to judge."""
-    total: dict[Any, Tensor] = {}
-    sequences = sum(len(batch) for batch in batches)
-    for batch in batches:
-        share = len(batch) / sequences
-        terms = judge(batch, share)
-        if terms is None:
-            return None
-        for key, value in terms.items():
-            total[key] = total[key] + share * value if key in total else share * value
-    # One stack and one copy: on a GPU, reading each term by itself would wait for it.
-    return dict(zip(total, torch.stack(list(total.values())).tolist(), strict=True))
 
 
 def _check_teacher(model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, settings: DistillationSettings) -> None:
