@@ -21,7 +21,7 @@ from gearshift.train.parallel.processes import mesh_sizes
 from gearshift.train.parallel.split import check_splits
 from tests.models import ATTENTION, supernet, supernet_spec, tokens
 from tests.train.processes import run_processes
-from tests.train.test_run import STAGES, Interrupt, recipe, source, timeless  # noqa: F401 - source is a fixture
+from tests.train.test_run import STAGES, recipe, timeless
 
 CPU = torch.device("cpu")
 ARRANGEMENTS: dict[str, tuple[int, dict[str, Any] | None]] = {
@@ -35,7 +35,7 @@ RECOMPUTED = ({"type": "layerwise", "steps": 2}, {**STAGES[1], "steps": 3, "reco
 
 
 @pytest.fixture(scope="module")
-def run(source: Path) -> Any:  # noqa: F811
+def run(source: Path) -> Any:
     """The recipe of a run of five steps in two stages, by its output folder."""
     return partial(recipe, source, batch_size=8, held_out=3, stages=RECOMPUTED)
 
@@ -76,6 +76,21 @@ def test_many_processes_learn_what_one_does(run, alone, tmp_path, name) -> None:
     check_same(tmp_path / "run", alone)
 
 
+def test_a_separate_teacher_and_shared_blocks(source, tmp_path) -> None:
+    """All outside the main mixers learns: norms and embeddings, which no unit shards, too."""
+    spec = supernet_spec(layers=3).model_dump()
+    spec["decoder"]["blocks"]["block"]["shared_weights"] = True
+    torch.manual_seed(0)
+    shutil.copytree(source / "model", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    GearshiftForCausalLM(GearshiftConfig(ModelSpec.model_validate(spec))).save_pretrained(tmp_path / "model")
+    taught = {"model": str(tmp_path / "model"), "teacher": str(tmp_path / "model"), "stages": RECOMPUTED}
+    # What the main mixers learn from themselves is rounding.
+    taught |= {"learning_rate_scales": {"*": 0.5}, "freeze": ("*.mixers.attention.*",)}
+    train(recipe(source, tmp_path / "alone", **taught))
+    run_processes(2, train, recipe(source, tmp_path / "run", **taught))
+    check_same(tmp_path / "run", tmp_path / "alone")
+
+
 class Copy(Callback):
     """Copies a run's folder when step 3 has been recorded: what a kill would leave."""
 
@@ -88,7 +103,7 @@ class Copy(Callback):
             shutil.copytree(self.output, self.target)
 
 
-def test_a_checkpoint_loads_and_exports_on_another_number_of_processes(source, run, alone, tmp_path) -> None:  # noqa: F811
+def test_a_checkpoint_loads_and_exports_on_another_number_of_processes(source, run, alone, tmp_path) -> None:
     whole, output = tmp_path / "whole", tmp_path / "killed"
     run_processes(4, train, run(whole, parallel={"tensor": 2}), None, [Copy(whole, output)])
     assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-00000002-stage-01"]
@@ -285,7 +300,7 @@ def test_adapters_are_not_split() -> None:
         check_splits(model, 2)
 
 
-def test_batches_that_do_not_divide_are_refused_by_one_process_alone(source, tmp_path) -> None:  # noqa: F811
+def test_batches_that_do_not_divide_are_refused_by_one_process_alone(source, tmp_path) -> None:
     folder = tmp_path / "said"
     folder.mkdir()
     run_processes(

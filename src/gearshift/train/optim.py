@@ -76,7 +76,7 @@ def make_optimiser(model: nn.Module, scales: Mapping[str, float], settings: Opti
     groups: dict[tuple[float, bool, type], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if name in scales:
-            # Sharded parameters are a type of their own, and a fused step takes one type at a time.
+            # Sharded parameters are a type of their own, and what goes over many at once takes one type at a time.
             groups.setdefault((scales[name], parameter.ndim >= 2, type(parameter)), []).append(parameter)
     return torch.optim.AdamW(
         [
@@ -114,5 +114,6 @@ def clip(groups: Iterable[Iterable[nn.Parameter]], largest: float | None, parall
     norms = parallel.norms(gradients)
     if largest is not None:
         for group, norm in zip(learning, norms, strict=True):
-            nn.utils.clip_grads_with_norm_(group, largest, norm)
+            for kind in {type(parameter) for parameter in group}:
+                nn.utils.clip_grads_with_norm_([p for p in group if type(p) is kind], largest, norm)
     return norms.square().sum().sqrt()

@@ -1,12 +1,16 @@
 """The group of the processes that torchrun started, from its beginning to its end."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+
+GRACE = 5.0
+"""Seconds."""
 
 
 @contextmanager
@@ -30,6 +34,8 @@ def process_group() -> Iterator[bool]:
         yield rank == 0
     except BaseException as error:
         if store.add("failed", 1) > 1:
+            # Once one has ended, torchrun ends the others: let it be the one that says why.
+            time.sleep(GRACE)
             os._exit(1)
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise ConnectionError("another process of this job has ended: torchrun says which, and how") from None
