@@ -44,7 +44,7 @@ def prepared(source: Path, folder: Path, **model: Any) -> str:
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def case(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """How far off a run may be, its settings, and its record on one GPU: attentions alone, or all mixers by autocast."""
+    """How far off a run may be, its settings, its record on one GPU: attentions alone, or all mixers by autocast."""
     folder = tmp_path_factory.mktemp(request.param)
     exact = request.param == "float32"
     model = prepared(source, folder / "model", mixers=ATTENTIONS if exact else ATTENTIONS | RECURRENT)

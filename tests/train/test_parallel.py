@@ -15,6 +15,7 @@ from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec
 from gearshift.conversion import export
 from gearshift.data import TokenSequences
 from gearshift.train import Callback, DistillationSettings, Distiller, ParallelSettings, Record, StepRecord, train
+from gearshift.train.checkpoint import Checkpoints
 from gearshift.train.losses import activation_error
 from gearshift.train.parallel import parallelise, process_group
 from gearshift.train.parallel.processes import mesh_sizes
@@ -89,6 +90,18 @@ def test_a_separate_teacher_and_shared_blocks(source, tmp_path) -> None:
     train(recipe(source, tmp_path / "alone", **taught))
     run_processes(2, train, recipe(source, tmp_path / "run", **taught))
     check_same(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_checkpoints_in_the_background(run, alone, tmp_path, monkeypatch, world) -> None:
+    monkeypatch.setattr("gearshift.train.run.Checkpoints", lambda folder, background: Checkpoints(folder, True))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    work = (run(whole), None, [Copy(whole, killed)])
+    train(*work) if world == 1 else run_processes(world, train, *work)
+    check_same(whole, alone)
+    # The one of step 2 was put into its place when the one of the end of the stage was due, which came right behind.
+    assert train(run(killed)).resumed_at == 2
+    check_same(killed, alone)
 
 
 class Copy(Callback):

@@ -7,8 +7,9 @@ renamed, so always whole.
 import json
 import shutil
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ WEIGHT, MOMENT = "weight/", "optimiser/"
 class Checkpoints:
     """The checkpoints of a run, of which the last one is kept."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, background: bool = False):
+        """`background`: whether the run goes on while a checkpoint is written: see `wait`."""
         self.folder = folder
+        self.background = background
         self._pending: tuple[Distiller, Path, Path, Future[Any]] | None = None
         self._group: dist.ProcessGroup | None = None
 
@@ -40,7 +43,7 @@ class Checkpoints:
         return max(self.folder.glob("step-*"), default=None)
 
     def save(self, distiller: Distiller) -> None:
-        """Write a checkpoint, then remove those before it. On CUDA the run goes on while it is written: see `wait`."""
+        """Write a checkpoint, then remove those before it."""
         self.wait()
         target = self.folder / f"step-{distiller.global_step:08d}-stage-{distiller.progress.stage:02d}"
         fresh = target.with_name(f".{target.name}.tmp")
@@ -48,8 +51,9 @@ class Checkpoints:
         distiller.parallel.once(lambda: _start(fresh, progress))
         alone = distiller.parallel is ALONE
         state = _weights(distiller) | _moments(distiller)
-        if distiller.device.type == "cpu":
-            _save(state, fresh, alone)
+        if not self.background:
+            with _causes():
+                dcp.save(state, checkpoint_id=fresh, no_dist=alone)
             self._finish(distiller, fresh, target)
             return
         if self._group is None and not alone:
@@ -64,7 +68,8 @@ class Checkpoints:
         if self._pending is not None:
             distiller, fresh, target, pending = self._pending
             self._pending = None
-            pending.result()
+            with _causes():
+                pending.result()
             self._finish(distiller, fresh, target)
 
     def remove(self) -> None:
@@ -146,31 +151,28 @@ def _names(path: Path) -> set[str]:
         raise _unreadable(path, error) from None
 
 
-def _save(state: dict[str, Tensor], path: Path, alone: bool) -> None:
-    try:
-        dcp.save(state, checkpoint_id=path, no_dist=alone)
-    except dcp.api.CheckpointException as error:
-        raise _cause(error) from None
-
-
 def _load(state: dict[str, Tensor], path: Path, alone: bool) -> dict[str, int]:
     """Read a checkpoint into the tensors of `state`. Returns how far its run was."""
     try:
-        dcp.load(state, checkpoint_id=path, no_dist=alone)
+        with _causes():
+            dcp.load(state, checkpoint_id=path, no_dist=alone)
         return json.loads((path / "progress.json").read_text())
-    except (dcp.api.CheckpointException, Exception) as error:  # the first is no Exception, and may stand for any
+    except Exception as error:  # whatever a file that is cut short leads to
         raise _unreadable(path, error) from None
 
 
-def _unreadable(path: Path, error: BaseException) -> ValueError:
-    error = _cause(error)
+def _unreadable(path: Path, error: Exception) -> ValueError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return ValueError(f"the checkpoint {path} cannot be read ({reason}): remove it to start over")
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What went wrong on the first process on which something did: a full disk, Ctrl-C, ..."""
-    return next(iter(error.failures.values()))[0] if isinstance(error, dcp.api.CheckpointException) else error
+@contextmanager
+def _causes() -> Iterator[None]:
+    """Raise what went wrong (a full disk, Ctrl-C, ...) in place of torch's list of what went wrong where."""
+    try:
+        yield
+    except dcp.api.CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 class replacing:  # noqa: N801 - reads as a verb

@@ -132,6 +132,7 @@ class Distiller:
 
     def _calibrate(self, index: int, run: StageRun) -> CalibrationRecord:
         started = time.perf_counter()
+        self.parallel.expect(self.model, self.teacher, None)
         errors = run.calibrate(self._batch(index, 0, run.calibration_sequences()))
         seconds = time.perf_counter() - started
         kind = self.settings.stages[index].type

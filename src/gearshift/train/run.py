@@ -70,7 +70,7 @@ def _train(recipe: Recipe, progress: Callable[[Record], None] | None, callbacks:
         return TrainResult(finished, 0, recipe.total_steps, already_finished=True)
     distiller, tokenizer, dtype = _prepare(recipe, device, parallel)
     parallel.once(lambda: _claim(recipe, output, distiller.sequences))
-    checkpoints = Checkpoints(output / "checkpoints")
+    checkpoints = Checkpoints(output / "checkpoints", background=device.type == "cuda")
     resumed = checkpoints.restore(distiller)
     at = distiller.global_step
     takers: list[Callback] = []
@@ -156,6 +156,7 @@ def _write(model: GearshiftForCausalLM, weights: Mapping[str, Tensor], tokenizer
     with torch.device("meta"):
         whole = GearshiftForCausalLM(model.config)
     whole.load_state_dict(weights, assign=True)
+    whole.tie_weights()
     whole.to(next(iter(weights.values())).dtype)
     with replacing(target) as folder:
         whole.save_pretrained(folder)
@@ -169,7 +170,8 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        torch.empty(0, device=name)
+        return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
