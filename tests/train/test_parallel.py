@@ -70,7 +70,9 @@ def check_same(ours: Path, theirs: Path) -> None:
         assert torch.allclose(tensor, other[name], atol=1e-3), name
 
 
-@pytest.mark.parametrize("name", ARRANGEMENTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "copies" in name else ()) for name in ARRANGEMENTS]
+)
 def test_many_processes_learn_what_one_does(run, alone, tmp_path, name) -> None:
     world, parallel = ARRANGEMENTS[name]
     run_processes(world, train, run(tmp_path / "run", parallel=parallel))
@@ -145,18 +147,23 @@ def placed(model: GearshiftForCausalLM, **parallel: Any) -> Any:
     return arrangement
 
 
-def test_only_the_mixers_of_a_placement_are_gathered(tmp_path) -> None:
+def test_only_the_mixers_of_a_placement_are_gathered_and_reduced_once(tmp_path) -> None:
     run_processes(2, _count_gathers)
 
 
 def _count_gathers() -> None:
     gathered: list[int] = []
-    called = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # torch < 2.13
-    gather = getattr(dist, called)
+    reduced: list[int] = []
+    ending = "single" if hasattr(dist, "all_gather_single") else "into_tensor"  # torch < 2.13
 
-    def counting(output: torch.Tensor, *given: Any, **more: Any) -> Any:
-        gathered.append(output.numel())
-        return gather(output, *given, **more)
+    def count(name: str, counts: list[int]) -> None:
+        call = getattr(dist, name)
+
+        def counting(output: torch.Tensor, *given: Any, **more: Any) -> Any:
+            counts.append(output.numel())
+            return call(output, *given, **more)
+
+        setattr(dist, name, counting)
 
     model = supernet(layers=3)
     sizes = {name: _size(model.model.blocks[0].mixer_named(name)) for name in ("attention", "window", "gdn", "kda")}
@@ -172,12 +179,15 @@ def _count_gathers() -> None:
         distiller = Distiller(model, TokenSequences(tokens(8, 12)), settings, parallel=arrangement)
         steps = distiller.run()
         next(steps)
-        setattr(dist, called, counting)
+        count(f"all_gather_{ending}", gathered)
+        count("reduce_scatter_single" if ending == "single" else "reduce_scatter_tensor", reduced)
         next(steps)
         # Each of the two parts: the teacher's three layers, the student's last two, forwards and back.
         student = sizes["gdn"] + sizes["kda"] + 2 * mlp
         once = 3 * (sizes["attention"] + mlp) + 2 * student
         assert sum(gathered) in range(2 * once, 2 * (once + mlp) + 1)  # and perhaps the MLP before, fetched ahead
+        # After the second part alone, what the two sampled mixers have learnt.
+        assert sorted(reduced) == sorted([sizes["gdn"] // 2, sizes["kda"] // 2])
         moved = {name for name, parameter in model.named_parameters() if parameter in distiller.optimiser.state}
         assert moved == {
             name

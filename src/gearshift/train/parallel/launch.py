@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 GRACE = 5.0
-"""Seconds."""
+"""Seconds that a process waits for torchrun to end it, before it does so itself."""
 
 
 @contextmanager

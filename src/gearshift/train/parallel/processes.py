@@ -92,16 +92,17 @@ class ManyProcesses(Parallel):
         for unit in self._units:
             unit.set_modules_to_forward_prefetch([])
             unit.set_modules_to_backward_prefetch([unit])  # with an empty list, FSDP would guess
-        blocks = model.model.blocks
-        if len(set(blocks)) < len(blocks):
+        blocks, taught_by = model.model.blocks, teacher.model.blocks
+        if len(set(blocks)) < len(blocks) or len(set(taught_by)) < len(taught_by):
             return  # what comes behind a shared block differs from layer to layer
+        # What is fetched ahead is run next, or does not learn: left over, it would be old after the step.
         walk: list[Any]
         if placement is None:
-            walk = [part for block in teacher.model.blocks for part in (block.mixer_named(block.spec.main), block.mlp)]
+            walk = [part for block in taught_by for part in (block.mixer_named(block.spec.main), block.mlp)]
             for part, following in pairwise(walk):
                 part.set_modules_to_forward_prefetch([following])
             return
-        for block in {*blocks, *teacher.model.blocks}:
+        for block in {*blocks, *taught_by}:
             for name in block.spec.mixers:
                 mixer: Any = block.mixer_named(name)
                 mixer.set_modules_to_forward_prefetch([block.mlp])
