@@ -113,18 +113,28 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     overrides: Overrides = None,
 ) -> None:
-    """Distil a supernet by a recipe. Run again, it goes on from its last checkpoint."""
-    from gearshift.progress import bar
+    """Distil a supernet by a recipe. Run again, it goes on from its last checkpoint.
+
+    On several GPUs: `torchrun --nproc-per-node N -m gearshift train RECIPE`.
+    """
+    from contextlib import nullcontext
+
+    from gearshift.progress import bar, silent
     from gearshift.train import TrainingDivergedError, load_recipe, step_progress
     from gearshift.train import train as run_recipe
+    from gearshift.train.parallel import process_group
 
-    settings = load_recipe(recipe, overrides or [])
-    with bar(err, "training", settings.total_steps) as advance:
-        try:
-            result = run_recipe(settings, step_progress(advance))
-        except TrainingDivergedError as error:
-            err.print(str(error), soft_wrap=True, highlight=False, markup=False)
-            raise typer.Exit(1) from None
+    with process_group() as first:
+        settings = load_recipe(recipe, overrides or [])
+        with bar(err, "training", settings.total_steps) if first else nullcontext(silent) as advance:
+            try:
+                result = run_recipe(settings, step_progress(advance))
+            except TrainingDivergedError as error:
+                if first:
+                    err.print(str(error), soft_wrap=True, highlight=False, markup=False)
+                raise typer.Exit(1) from None
+    if not first:
+        return
     if result.already_finished:
         out.print(f"{result.model}: this run was finished before, nothing is left to do")
     else:
@@ -291,7 +301,10 @@ def export(
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write one placement of a model as a checkpoint of its own."""
+    """Write one placement of a model as a checkpoint of its own.
+
+    MODEL may be the folder of a training run too, finished or not.
+    """
     from gearshift.conversion import export as plan_export
     from gearshift.conversion import export_adapters
     from gearshift.progress import bar

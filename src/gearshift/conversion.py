@@ -97,7 +97,7 @@ def export(
     """Plan the export of a model, pruned to one placement, to a checkpoint of its own.
 
     Args:
-        model: a folder, a .gguf file or a hub name.
+        model: a folder, a .gguf file, a hub name, or the folder of a training run, finished or not.
         placement: what to prune to; may be None only where there is nothing to choose, or where the format named has
             supernets of its own.
         format: `auto`, or a format's name. `auto` takes a native transformers class if one can express the placement.
@@ -108,7 +108,7 @@ def export(
     if format != "auto" and format not in FORMATS:
         known = ", ".join(name for name in FORMATS if FORMATS[name].writable)
         raise ValueError(f"unknown format {format!r}: choose auto, {known}")
-    checkpoint = open_checkpoint(model)
+    checkpoint = _open(model)
     if merge_lora:
         from gearshift.surgery.merge import merged  # it needs a package that other exports do without
 
@@ -133,6 +133,15 @@ def export(
     return Conversion(checkpoint, native, plan, config, target.name, 0, reason)
 
 
+def _open(model: str | Path) -> Checkpoint:
+    """A checkpoint, or what a training run has learnt so far."""
+    if not (Path(model) / "recipe.json").is_file():
+        return open_checkpoint(model)
+    from gearshift.train.unfinished import open_run  # it needs what other exports do without
+
+    return open_run(Path(model))
+
+
 def export_adapters(model: str | Path, out: str | Path, overwrite: bool = False) -> None:
     """Write the LoRA adapters of a model, and nothing else, to the folder `out`, as PEFT does (see `write_adapters`).
 
@@ -140,7 +149,7 @@ def export_adapters(model: str | Path, out: str | Path, overwrite: bool = False)
     """
     from gearshift.model.adapters import write_adapters  # it needs a package that other exports do without
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = _open(model)
 
     def read(name: str) -> torch.Tensor:
         return evaluate(checkpoint.plan.expressions[name], checkpoint.source, 0, name)

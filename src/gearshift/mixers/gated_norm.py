@@ -42,18 +42,18 @@ class GroupedGatedRMSNorm(nn.Module):
     def __init__(self, channels: int, groups: int, epsilon: float, norm_before_gate: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
-        self.groups = groups
+        self.group_size = channels // groups
         self.epsilon = epsilon
         self.norm_before_gate = norm_before_gate
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         if _has_kernel(x):
             run = kernel("fla.modules.norm.layernorm_gated:rmsnorm_fn")
-            order = {"group_size": x.shape[-1] // self.groups, "norm_before_gate": self.norm_before_gate}
+            order = {"group_size": self.group_size, "norm_before_gate": self.norm_before_gate}
             return run(x, self.weight, None, gate.to(x.dtype), self.epsilon, **order).to(gate.dtype)
         open_gate = F.silu(gate.float())
         wide = x.float() if self.norm_before_gate else x.float() * open_gate
-        unit = _unit(wide.unflatten(-1, (self.groups, -1)), self.epsilon).flatten(-2)
+        unit = _unit(wide.unflatten(-1, (-1, self.group_size)), self.epsilon).flatten(-2)
         normed = self.weight.float() * unit
         return (normed * open_gate if self.norm_before_gate else normed).to(gate.dtype)
 

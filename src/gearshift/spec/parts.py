@@ -67,6 +67,13 @@ class MixerSpec(Spec):
         """A copy with every derivable size filled in. ValueError if the sizes do not fit `hidden_size`."""
         return self
 
+    def splits(self) -> dict[str, int]:
+        """The sizes that tensor parallelism divides, by name; each process gets an equal share of every one of them.
+
+        ValueError, with the reason, if the mixer as it is set cannot be split.
+        """
+        return {}
+
     def state(self) -> tuple[StateTensor, ...]:
         """What the mixer keeps of a sequence: the one declaration that caches, servers and costs read."""
         raise NotImplementedError
@@ -77,6 +84,10 @@ class MLPSpec(Spec):
 
     type: str
     """The kind of MLP, as registered under `gearshift.mlps`."""
+
+    def splits(self) -> dict[str, int]:
+        """The sizes that tensor parallelism divides, by name. ValueError, with the reason, if there is no way to."""
+        return {}
 
     def idle_parameters(self, hidden_size: int, tokens: int = 1) -> int:
         """How many parameters a step over `tokens` tokens is expected not to read."""

@@ -5,6 +5,7 @@ a few sequences gives the statistics of a least-squares fit; nothing is differen
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from gearshift.data import Batch
 from gearshift.mixers.base import MixContext, Mixer
 from gearshift.model import GearshiftForCausalLM
+from gearshift.train.parallel import ALONE, Parallel
 from gearshift.train.stage import LayerErrors, Precision
 
 
@@ -21,10 +23,12 @@ class Fit:
     Sequences weigh in by 1 / ||target||^2, so that what is minimised is the stages' own `activation_error`.
     """
 
-    def __init__(self, projection: nn.Linear):
-        self.projection = projection
-        inputs, outputs = projection.in_features, projection.out_features
-        device = projection.weight.device
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        """Of the projection with `weight` [outputs, inputs] and `bias` [outputs]."""
+        self.weight = weight.detach().double()
+        self.bias = bias
+        outputs, inputs = weight.shape
+        device = weight.device
         self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.cross = torch.zeros(outputs, inputs, dtype=torch.float64, device=device)
         self.power = torch.zeros((), dtype=torch.float64, device=device)
@@ -34,13 +38,18 @@ class Fit:
         """Count in `features` [batch, tokens, inputs], whose projection should be `target` [batch, tokens, outputs]."""
         features, target = features.float(), target.float()
         weight = target.square().sum((1, 2), keepdim=True).clamp_min(torch.finfo(torch.float).tiny).rsqrt()
-        if self.projection.bias is not None:
-            target = target - self.projection.bias
+        if self.bias is not None:
+            target = target - self.bias
         features, target = (features * weight).flatten(0, 1), (target * weight).flatten(0, 1)
         self.gram += features.T @ features
         self.cross += target.T @ features
         self.power += target.square().sum()
         self.sequences += len(weight)
+
+    def add_others(self, parallel: Parallel) -> None:
+        """Count in what the other processes have seen."""
+        self.gram, self.cross, self.power = map(parallel.total, (self.gram, self.cross, self.power))
+        self.sequences *= parallel.data_ranks
 
     def error(self, weight: Tensor) -> Tensor:
         """The normalised activation error of a projection with `weight` [outputs, inputs], float64."""
@@ -49,9 +58,8 @@ class Fit:
 
     def scaled(self) -> Tensor:
         """The projection's weight times the one factor that fits best, [outputs, inputs], float64."""
-        weight = self.projection.weight.detach().double()
-        energy = self._energy(weight)
-        return weight * torch.where(energy > 0, self._agreement(weight) / energy, 1.0)
+        energy = self._energy(self.weight)
+        return self.weight * torch.where(energy > 0, self._agreement(self.weight) / energy, 1.0)
 
     def ridge(self, strength: float) -> Tensor:
         """The best weight, drawn towards `scaled` with `strength` times the features' mean square. As `scaled`.
@@ -83,6 +91,7 @@ def calibrate(
     method: str,
     ridge: float,
     precision: Precision,
+    parallel: Parallel = ALONE,
 ) -> dict[str, LayerErrors]:
     """Fit the output projection of every mixer in `students` (one mapping a layer) to the main mixer's output.
 
@@ -96,6 +105,7 @@ def calibrate(
         method: `scale` (one factor) or `ridge` (the whole projection).
         ridge: see `Fit.ridge`.
         precision: of the forward passes.
+        parallel: the processes that share the text, a slice each.
 
     Returns the normalised activation error of each mixer, layer by layer: {"before", "scaled", "after"}.
     """
@@ -108,7 +118,7 @@ def calibrate(
     fits: dict[Mixer, Fit] = {}
     errors: dict[Mixer, dict[str, float]] = {}
     for layer, (block, student_block) in enumerate(zip(teacher.model.blocks, model.model.blocks, strict=True)):
-        mixers = [mixer for mixer in students[layer].values() if mixer.o_proj.weight.requires_grad]
+        mixers = [mixer for mixer in students[layer].values() if _parameter(mixer, "weight").requires_grad]
         for index, (hidden, context, seen) in enumerate(zip(hiddens, contexts, student_contexts, strict=True)):
             with precision():
                 normed = block.mixer_norm(hidden)
@@ -117,13 +127,14 @@ def calibrate(
                 hiddens[index] = block.feed(block.add_mixed(hidden, target))
             for mixer in mixers:
                 with precision():
-                    features = mixer.features(mixer.core(mixer.project(read, seen), seen, None))
+                    features = parallel.channels(_features(mixer, read, seen))
                 if mixer not in fits:
-                    fits[mixer] = Fit(mixer.o_proj)
+                    weight, bias = _parameter(mixer, "weight"), _parameter(mixer, "bias")
+                    fits[mixer] = Fit(parallel.whole(weight), None if bias is None else parallel.whole(bias))
                 fits[mixer].add(batches[index].by_row(features), batches[index].by_row(target))
         for mixer in mixers:
             if last_use[mixer] == layer:
-                errors[mixer] = _apply(fits.pop(mixer), method, ridge)
+                errors[mixer] = _apply(fits.pop(mixer), _parameter(mixer, "weight"), method, ridge, parallel)
     names = dict.fromkeys(name for mixers in students for name in mixers)
 
     def by_layer(name: str, when: str) -> list[float | None]:
@@ -137,10 +148,25 @@ def _contexts(model: GearshiftForCausalLM, hiddens: Sequence[Tensor], batches: S
     return [model.model.context(hidden, cu_seqlens=batch.cu_seqlens) for hidden, batch in pairs]
 
 
-def _apply(fit: Fit, method: str, ridge: float) -> dict[str, float]:
-    """Give the projection its fitted weight. Returns the error as it was, with the best factor, and as it is now."""
-    before, scaled = fit.projection.weight.detach().double(), fit.scaled()
+def _parameter(mixer: Mixer, name: str) -> Any:
+    """The weight or the bias of a mixer's output projection as the optimiser has it, perhaps a shard; None without."""
+    layer: nn.Module = getattr(mixer.o_proj, "base_layer", mixer.o_proj)  # beside an adapter, PEFT's layer holds it
+    return layer._parameters[name]
+
+
+def _features(mixer: Mixer, hidden: Tensor, context: MixContext) -> Tensor:
+    """What the output projection of a mixer reads in a forward, [batch, tokens, features]."""
+    read: list[Tensor] = []
+    with mixer.o_proj.register_forward_pre_hook(lambda _, given: read.append(given[0])):
+        mixer(hidden, context)
+    return read[0]
+
+
+def _apply(fit: Fit, weight: nn.Parameter, method: str, ridge: float, parallel: Parallel) -> dict[str, float]:
+    """Give a projection its fitted weight. Returns the error as it was, with the best factor, and as it is now."""
+    fit.add_others(parallel)
+    scaled = fit.scaled()
     chosen = fit.ridge(ridge) if method == "ridge" else scaled
-    fit.projection.weight.copy_(chosen)
-    errors = torch.stack([fit.error(weight) for weight in (before, scaled, chosen)])
+    parallel.assign(weight, chosen)
+    errors = torch.stack([fit.error(candidate) for candidate in (fit.weight, scaled, chosen)])
     return dict(zip(("before", "scaled", "after"), errors.tolist(), strict=True))

@@ -1,45 +1,78 @@
-"""Checkpoints: what a run needs to go on as if it had never stopped. Written aside and renamed, so always whole."""
+"""Checkpoints: what a run needs to go on as if it had never stopped, on as many processes as there are then.
+
+Every process writes and reads its own shards, through torch.distributed.checkpoint. A checkpoint is written aside and
+renamed, so always whole.
+"""
 
 import json
 import shutil
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
 from gearshift.train.loop import Distiller, Progress
+from gearshift.train.parallel import ALONE
+
+# It says so of every process that runs alone, although it was told.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+WEIGHT, MOMENT, AVERAGE = "weight/", "optimiser/", "average/"
+"""What the names in a checkpoint begin with: `weight/NAME`, `optimiser/KEY/NAME` and `average/NAME`."""
 
 
 class Checkpoints:
     """The checkpoints of a run, of which the last one is kept."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, background: bool = False):
+        """`background`: whether the run goes on while a checkpoint is written: see `wait`."""
         self.folder = folder
+        self.background = background
+        self._pending: tuple[Distiller, Path, Path, Future[Any]] | None = None
+        self._group: dist.ProcessGroup | None = None
 
     def latest(self) -> Path | None:
         """The last checkpoint, None if there is none."""
         return max(self.folder.glob("step-*"), default=None)
 
-    def save(self, distiller: Distiller) -> Path:
+    def save(self, distiller: Distiller) -> None:
         """Write a checkpoint, then remove those before it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.wait()
         target = self.folder / f"step-{distiller.global_step:08d}-stage-{distiller.progress.stage:02d}"
-        parameters = dict(distiller.model.named_parameters())
-        with replacing(target) as fresh:
-            save_file({name: parameters[name].detach() for name in distiller.scales}, fresh / "weights.safetensors")
-            if distiller.optimiser is not None:
-                torch.save(distiller.optimiser.state_dict(), fresh / "optimiser.pt")
-            if distiller.average is not None:
-                torch.save(distiller.average.state_dict(), fresh / "average.pt")
-            progress = {"stage": distiller.progress.stage, "step": distiller.progress.step}
-            (fresh / "progress.json").write_text(json.dumps(progress))
-        for path in self.folder.iterdir():
-            if path != target:
-                shutil.rmtree(path)
-        return target
+        fresh = target.with_name(f".{target.name}.tmp")
+        progress: dict[str, Any] = {"stage": distiller.progress.stage, "step": distiller.progress.step}
+        if distiller.average is not None:
+            progress["moves"] = distiller.average.moves
+        distiller.parallel.once(lambda: _start(fresh, progress))
+        alone = distiller.parallel is ALONE
+        state = _weights(distiller) | _moments(distiller) | _averages(distiller)
+        if not self.background:
+            with _causes():
+                dcp.save(state, checkpoint_id=fresh, no_dist=alone)
+            self._finish(distiller, fresh, target)
+            return
+        if self._group is None and not alone:
+            # What is exchanged in the background must not come between what the run exchanges.
+            self._group = dist.new_group(backend="gloo")
+        pending = dcp.async_save(state, checkpoint_id=fresh, process_group=self._group, no_dist=alone)
+        assert isinstance(pending, Future)
+        self._pending = (distiller, fresh, target, pending)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written."""
+        if self._pending is not None:
+            distiller, fresh, target, pending = self._pending
+            self._pending = None
+            with _causes():
+                pending.result()
+            self._finish(distiller, fresh, target)
 
     def remove(self) -> None:
         """Remove them all."""
@@ -47,32 +80,112 @@ class Checkpoints:
 
     def restore(self, distiller: Distiller) -> bool:
         """Bring a fresh distiller to the last checkpoint; False if there is none. ValueError if it cannot be read."""
-        path = self.latest()
+        path = distiller.parallel.once(self.latest)
         if path is None:
             return False
-        try:
-            weights = load_file(path / "weights.safetensors")
-            progress = json.loads((path / "progress.json").read_text())
-            moments, averages = (_load_if_there(path / name) for name in ("optimiser.pt", "average.pt"))
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"the checkpoint {path} cannot be read ({error}): remove it to start over") from None
-        if weights.keys() != distiller.scales.keys():
+        written = _names(path)
+        state = _weights(distiller)
+        if learnt(path) != distiller.scales.keys():
             raise ValueError(f"the checkpoint {path} holds other parameters than those that learn in this run")
-        with torch.no_grad():
-            for name, parameter in distiller.model.named_parameters():
-                if name in weights:
-                    parameter.copy_(weights[name])
+        parameters = {name: p for name, p in distiller.model.named_parameters() if name in distiller.scales}
+        moments: dict[str, dict[str, Tensor]] = {}
+        for key, name in (name.removeprefix(MOMENT).split("/", 1) for name in written if name.startswith(MOMENT)):
+            blank = torch.zeros((), device=distiller.device) if key == "step" else torch.zeros_like(parameters[name])
+            moments.setdefault(name, {})[key] = state[f"{MOMENT}{key}/{name}"] = blank.detach()
+        averages: dict[str, Tensor] = {}
+        for name in (name.removeprefix(AVERAGE) for name in written if name.startswith(AVERAGE)):
+            averages[name] = state[AVERAGE + name] = torch.zeros_like(parameters[name]).detach()
+        progress = _load(state, path, distiller.parallel is ALONE)
         distiller.progress = Progress(progress["stage"], progress["step"])
-        if moments is not None:
+        if progress["step"]:
             distiller.optimiser, distiller.average = distiller.make_optimiser(), distiller.make_average()
-            distiller.optimiser.load_state_dict(moments)
-        if distiller.average is not None and averages is not None:
-            distiller.average.load_state_dict(averages)
+            distiller.optimiser.state.update({parameters[name]: values for name, values in moments.items()})
+        if distiller.average is not None:
+            distiller.average.moves, distiller.average.averages = progress["moves"], averages
         return True
 
+    def _finish(self, distiller: Distiller, fresh: Path, target: Path) -> None:
+        """Put a checkpoint that is written into its place, and remove those before it."""
+        if not distiller.parallel.is_first:
+            return
+        if target.exists():
+            shutil.rmtree(target)
+        fresh.rename(target)
+        for path in self.folder.iterdir():
+            if path != target:
+                shutil.rmtree(path)
 
-def _load_if_there(path: Path) -> dict[str, Any] | None:
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+def learnt(path: Path) -> set[str]:
+    """The names of the parameters in the checkpoint `path`. ValueError if it cannot be read."""
+    return {name.removeprefix(WEIGHT) for name in _names(path) if name.startswith(WEIGHT)}
+
+
+def read_learnt(path: Path, name: str, shape: tuple[int, ...]) -> Tensor:
+    """One parameter of the checkpoint `path`, put together from its shards, in float32 on the CPU."""
+    whole = torch.empty(shape)
+    _load({WEIGHT + name: whole}, path, alone=True)
+    return whole
+
+
+def _start(fresh: Path, progress: dict[str, Any]) -> None:
+    """A new folder for a checkpoint of a run that is at `progress`."""
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    (fresh / "progress.json").write_text(json.dumps(progress))
+
+
+def _weights(distiller: Distiller) -> dict[str, Tensor]:
+    """The parameters that learn, as they lie on this process; what is read into them is theirs."""
+    parameters = dict(distiller.model.named_parameters())
+    return {WEIGHT + name: parameters[name].detach() for name in distiller.scales}
+
+
+def _moments(distiller: Distiller) -> dict[str, Tensor]:
+    """The optimiser's state of the parameters that have any."""
+    if distiller.optimiser is None:
+        return {}
+    state = distiller.optimiser.state
+    names = ((name, p) for name, p in distiller.model.named_parameters() if p in state)
+    return {f"{MOMENT}{key}/{name}": value for name, p in names for key, value in state[p].items()}
+
+
+def _averages(distiller: Distiller) -> dict[str, Tensor]:
+    """The averages of the parameters that have moved."""
+    averages = {} if distiller.average is None else distiller.average.averages
+    return {AVERAGE + name: average for name, average in averages.items()}
+
+
+def _names(path: Path) -> set[str]:
+    """What a checkpoint holds."""
+    try:
+        return set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
+    except Exception as error:  # the metadata is a pickle, and broken ones raise anything
+        raise _unreadable(path, error) from None
+
+
+def _load(state: dict[str, Tensor], path: Path, alone: bool) -> dict[str, Any]:
+    """Read a checkpoint into the tensors of `state`. Returns how far its run was."""
+    try:
+        with _causes():
+            dcp.load(state, checkpoint_id=path, no_dist=alone)
+        return json.loads((path / "progress.json").read_text())
+    except Exception as error:  # whatever a file that is cut short leads to
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(f"the checkpoint {path} cannot be read ({reason}): remove it to start over")
+
+
+@contextmanager
+def _causes() -> Iterator[None]:
+    """Raise what went wrong (a full disk, Ctrl-C, ...) in place of torch's list of what went wrong where."""
+    try:
+        yield
+    except dcp.api.CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 class replacing:  # noqa: N801 - reads as a verb

@@ -29,7 +29,7 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the values of the parameters that have a gradient: those that the step has just moved."""
-        averages, values, weights = [], [], []
+        moved: dict[type, tuple[list[Tensor], list[Tensor], list[float]]] = {}
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
@@ -37,10 +37,12 @@ class Average:
             if moves == 1:
                 self.averages[name] = parameter.detach().clone()
                 continue
+            # Sharded parameters are a type of their own, and what goes over many at once takes one type at a time.
+            averages, values, weights = moved.setdefault(type(parameter), ([], [], []))
             averages.append(self.averages[name])
             values.append(parameter.detach())
             weights.append(1 - min(self.decay, moves / (9 + moves)))
-        if averages:
+        for averages, values, weights in moved.values():
             torch._foreach_lerp_(averages, values, weights)
 
     @torch.no_grad()

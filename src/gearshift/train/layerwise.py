@@ -15,6 +15,7 @@ from gearshift.mixers.base import Mixer
 from gearshift.model import GearshiftForCausalLM
 from gearshift.train.calibration import calibrate
 from gearshift.train.graphs import Graphed
+from gearshift.train.parallel import ALONE, Parallel
 from gearshift.train.recipe import LayerwiseStage
 from gearshift.train.stage import Engine, LayerErrors, StageRun, Terms
 
@@ -30,12 +31,14 @@ class LayerwiseRun(StageRun):
         stage: LayerwiseStage,
         batch_size: int,
         part_size: int,
+        parallel: Parallel = ALONE,
     ):
         super().__init__(model, teacher, engine)
         self.stage = stage
         self.batch_size = batch_size
         self.part_size = part_size
         self._graphed: dict[float, Graphed[Terms]] = {}
+        self.parallel = parallel
         self.students: list[dict[str, Mixer]] = [
             {
                 name: block.mixer_named(name)
@@ -56,10 +59,11 @@ class LayerwiseRun(StageRun):
             self.teacher,
             self.model,
             self.students,
-            batch.split(self.part_size),
+            self.parallel.deal(batch, self.part_size),
             self.stage.calibration,
             self.stage.ridge,
             self.precision,
+            self.parallel,
         )
 
     def learn(self, batch: Batch, step: int, share: float) -> Terms | None:

@@ -21,6 +21,7 @@ from gearshift.train.layerwise import LayerwiseRun
 from gearshift.train.metrics import CalibrationRecord, Callback, Record, StageEndRecord, StepRecord
 from gearshift.train.noise import is_noisy, seeded, set_modes
 from gearshift.train.optim import clip, learning_rate_scales, make_optimiser, schedule, set_learning_rate
+from gearshift.train.parallel import ALONE, Parallel
 from gearshift.train.recipe import DistillationSettings, LayerwiseStage
 from gearshift.train.stage import Engine, Precision, StageRun
 from gearshift.train.steps import BlockSteps, CompiledSteps
@@ -52,6 +53,7 @@ class Distiller:
         settings: DistillationSettings,
         teacher: GearshiftForCausalLM | None = None,
         held_out: TokenSequences | None = None,
+        parallel: Parallel = ALONE,
     ):
         """Prepare, and change nothing yet.
 
@@ -61,6 +63,7 @@ class Distiller:
             settings: how.
             teacher: a reference model of the same shape, whose main placement teaches. None: the model's own.
             held_out: what each stage is judged on at its end.
+            parallel: the processes that share the work, where both models lie already. By itself, this one alone.
 
         Raises ValueError if the settings do not fit the model.
         """
@@ -69,13 +72,15 @@ class Distiller:
         self.settings = settings
         self.teacher = model if teacher is None else teacher
         self.held_out = held_out
+        self.parallel = parallel
+        self.parallel.check(settings)
         self.progress = Progress()
         self.optimiser: torch.optim.AdamW | None = None
         self.average: Average | None = None
         self.device = model.lm_head.weight.device
         self.noisy = is_noisy(model)
         self._attention = settings.attention or ("flex_attention" if self.device.type == "cuda" else None)
-        self.engine = _engine(settings, self.device, self.noisy)
+        self.engine = _engine(settings, self.device, self.noisy, parallel is ALONE)
         for module in model.modules():
             if isinstance(module, Mixer):
                 module.check_device(self.device, learning=True)
@@ -151,6 +156,7 @@ class Distiller:
     def _calibrate(self, index: int, run: StageRun) -> CalibrationRecord:
         started = time.perf_counter()
         batch = self._batch(index, 0, run.calibration_sequences()).to(self.device)
+        self.parallel.expect(self.model, self.teacher, None)
         self.model.eval()  # what is fitted must not depend on what dropout leaves of it
         try:
             errors = run.calibrate(batch)
@@ -172,10 +178,13 @@ class Distiller:
         assert self.optimiser is not None
         rate = stage.learning_rate * schedule(step, stage.steps, stage.schedule or settings.schedule)
         set_learning_rate(self.optimiser, rate)
+        described = run.describe_step(global_step)
+        self.parallel.expect(self.model, self.teacher, described.get("placement"))
         parts = self._parts(index, batch.to(self.device))
         with seeded(self.device, settings.seed, global_step) if self.noisy else nullcontext():
-            terms = _average(parts, lambda part, share: run.learn(part, global_step, share))
-        norm = clip(run.clip_groups(), settings.optimiser.clip_norm)
+            terms = self._average(parts, lambda part, share: run.learn(part, global_step, share))
+        self.parallel.finish(self.model)
+        norm = clip(run.clip_groups(), settings.optimiser.clip_norm, self.parallel)
         if terms:
             guarded_step(self.optimiser, norm, *terms.values())
         # Nothing was read back before this: on a GPU, all of the step has been launched.
@@ -198,7 +207,7 @@ class Distiller:
             tokens=batch.tokens.numel(),
             seconds=time.perf_counter() - started,
             **said,
-            **run.describe_step(global_step),
+            **described,
         )
 
     def _check(self, value: float, what: str, parts: Sequence[Batch]) -> None:
@@ -210,7 +219,7 @@ class Distiller:
 
         def learn_again() -> None:
             with seeded(self.device, self.settings.seed, step) if self.noisy else nullcontext():
-                _average(parts, lambda part, share: plain.learn(part, step, share))
+                self._average(parts, lambda part, share: plain.learn(part, step, share))
 
         raise self._diverged(f"the {what} became {value}", learn_again, plain.describe_step(step).get("placement"))
 
@@ -232,25 +241,45 @@ class Distiller:
         if self.held_out is None:
             return None
         size = self.settings.batch_size_of(index) // self.settings.parts_of(index)
-        parts = self.held_out.all.to(self.device).split(size)
+        parts = self.parallel.deal(self.held_out.all.to(self.device), size)
         self.model.eval()
-        terms = _average(parts, lambda part, share: run.measure(part))
+        terms = self._average(parts, lambda part, share: run.measure(part))
         set_modes(self.model)
         assert terms is not None
         return run.describe(_read(terms))
+
+    def _average(
+        self, batches: Sequence[Batch], judge: Callable[[Batch, float], dict[Any, Tensor] | None]
+    ) -> dict[Any, Tensor] | None:
+        """The mean of `judge(part, share)` over all parts on all processes, weighted by their sequences.
+
+        None if there was nothing to judge.
+        """
+        total: dict[Any, Tensor] = {}
+        sequences = sum(len(batch) for batch in batches)
+        for index, batch in enumerate(batches):
+            share = len(batch) / sequences
+            self.parallel.sync(index == len(batches) - 1)
+            terms = judge(batch, share)
+            if terms is None:
+                return None
+            for key, value in terms.items():
+                total[key] = total[key] + share * value if key in total else share * value
+        mean = self.parallel.average(torch.stack(list(total.values())))
+        return dict(zip(total, mean.unbind(), strict=True))
 
     def _stage_run(self, index: int, engine: Engine | None = None) -> StageRun:
         stage, settings, engine = self.settings.stages[index], self.settings, engine or self.engine
         if isinstance(stage, LayerwiseStage):
             size = settings.batch_size_of(index)
             part = size // settings.parts_of(index)
-            return LayerwiseRun(self.model, self.teacher, engine, stage, size, part)
+            return LayerwiseRun(self.model, self.teacher, engine, stage, size, part, self.parallel)
         chunk = settings.loss_chunk or (256 if self.device.type == "cpu" else 2048)
         return StochasticRun(self.model, self.teacher, engine, stage, settings.seed, chunk)
 
     def _parts(self, index: int, batch: Batch) -> list[Batch]:
-        """The parts that a step of stage `index` is processed in."""
-        return batch.split(len(batch) // self.settings.parts_of(index))
+        """This process's shares of the parts that a step of stage `index` is processed in."""
+        return [self.parallel.slice(part) for part in batch.split(len(batch) // self.settings.parts_of(index))]
 
     def _batches(self, index: int) -> Generator[Batch, None, None]:
         """The batches of the steps that are left of stage `index`, made in the background. To be closed."""
@@ -297,33 +326,19 @@ def distil(
             callback.close()
 
 
-def _engine(settings: DistillationSettings, device: torch.device, noisy: bool) -> Engine:
-    """ValueError for CUDA graphs where there can be none."""
-    on_cuda = device.type == "cuda"
-    graphs = (on_cuda and not noisy) if settings.cuda_graphs is None else settings.cuda_graphs
-    if graphs and not on_cuda:
+def _engine(settings: DistillationSettings, device: torch.device, noisy: bool, alone: bool) -> Engine:
+    """ValueError for what cannot be compiled or recorded."""
+    able = device.type == "cuda" and alone
+    compiled = able if settings.compile is None else settings.compile
+    graphs = (able and not noisy) if settings.cuda_graphs is None else settings.cuda_graphs
+    for asked, name in ((compiled, "compile"), (graphs, "cuda_graphs")):
+        if asked and not alone:
+            raise ValueError(f"{name}: true works on one process, and these are several: leave it out")
+    if graphs and device.type != "cuda":
         raise ValueError(f"cuda_graphs: true needs a CUDA device, not {device}: leave it out")
     if graphs and noisy:
         raise ValueError("cuda_graphs: true cannot repeat the dropout of adapters: leave it out")
-    compiled = on_cuda if settings.compile is None else settings.compile
-    steps = CompiledSteps() if compiled else BlockSteps()
-    return Engine(Precision(settings.autocast, device), steps, graphs)
-
-
-def _average(
-    batches: Sequence[Batch], judge: Callable[[Batch, float], dict[Any, Tensor] | None]
-) -> dict[Any, Tensor] | None:
-    """The mean of `judge(part, share)` over parts, weighted by their sequences. None if there was nothing to judge."""
-    total: dict[Any, Tensor] = {}
-    sequences = sum(len(batch) for batch in batches)
-    for batch in batches:
-        share = len(batch) / sequences
-        terms = judge(batch, share)
-        if terms is None:
-            return None
-        for key, value in terms.items():
-            total[key] = total[key] + share * value if key in total else share * value
-    return total
+    return Engine(Precision(settings.autocast, device), CompiledSteps() if compiled else BlockSteps(), graphs)
 
 
 def _read(terms: Mapping[Any, Tensor]) -> dict[Any, float]:

@@ -10,6 +10,7 @@ from torch import nn
 from gearshift.model import GearshiftForCausalLM
 from gearshift.model.adapter_names import beside_adapters, plain
 from gearshift.model.block import StochasticMixer
+from gearshift.train.parallel import ALONE, Parallel
 from gearshift.train.recipe import OptimiserSettings, ScheduleSettings
 
 
@@ -72,14 +73,15 @@ def make_optimiser(model: nn.Module, scales: Mapping[str, float], settings: Opti
 
     A parameter without a gradient is left alone by a step: no decay, no moments. State is made on first use.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, type], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if name in scales:
-            groups.setdefault((scales[name], parameter.ndim >= 2), []).append(parameter)
+            # Sharded parameters are a type of their own, and what goes over many at once takes one type at a time.
+            groups.setdefault((scales[name], parameter.ndim >= 2, type(parameter)), []).append(parameter)
     return torch.optim.AdamW(
         [
             {"params": members, "scale": scale, "weight_decay": settings.weight_decay if decays else 0.0}
-            for (scale, decays), members in groups.items()
+            for (scale, decays, _), members in groups.items()
         ],
         betas=settings.betas,
         eps=settings.epsilon,
@@ -102,14 +104,16 @@ def schedule(step: int, steps: int, settings: ScheduleSettings) -> float:
     return settings.final + (1 - settings.final) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def clip(groups: Iterable[Iterable[nn.Parameter]], largest: float | None) -> torch.Tensor:
+def clip(groups: Iterable[Iterable[nn.Parameter]], largest: float | None, parallel: Parallel = ALONE) -> torch.Tensor:
     """Scale the gradients of each group down to norm `largest`. Returns the norm of all of them before."""
-    norms = []
-    for group in groups:
-        learning = [parameter for parameter in group if parameter.grad is not None]
-        if learning:
-            norm = nn.utils.get_total_norm([parameter.grad for parameter in learning if parameter.grad is not None])
-            if largest is not None:
-                nn.utils.clip_grads_with_norm_(learning, largest, norm)
-            norms.append(norm)
-    return torch.stack(norms).square().sum().sqrt() if norms else torch.zeros(())
+    learning = [[parameter for parameter in group if parameter.grad is not None] for group in groups]
+    learning = [group for group in learning if group]
+    if not learning:
+        return torch.zeros(())
+    gradients = [[parameter.grad for parameter in group if parameter.grad is not None] for group in learning]
+    norms = parallel.norms(gradients)
+    if largest is not None:
+        for group, norm in zip(learning, norms, strict=True):
+            for kind in {type(parameter) for parameter in group}:
+                nn.utils.clip_grads_with_norm_([p for p in group if type(p) is kind], largest, norm)
+    return norms.square().sum().sqrt()

@@ -107,6 +107,24 @@ Stage = Annotated[LayerwiseStage | StochasticStage, Field(discriminator="type")]
 """Any stage, told apart by `type`."""
 
 
+class ParallelSettings(Spec):
+    """How the processes that torchrun starts share the work. None of it changes what is learnt."""
+
+    data: Literal["fsdp", "ddp"] = "fsdp"
+    """What processes with different sequences do with the model: shard it (PyTorch's FSDP2), or keep a copy each."""
+    replicas: int = Field(default=1, ge=1)
+    """`fsdp`: how many times the model is there, each time in shards: hybrid sharding, where 2 on two machines keeps
+    the gathering of parameters within each."""
+    tensor: int = Field(default=1, ge=1)
+    """How many neighbouring processes split each mixer's heads and each MLP's channels, over the same sequences."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.data == "ddp" and self.replicas > 1:
+            raise ValueError("with data: ddp every process keeps a copy: leave replicas out")
+        return self
+
+
 class DistillationSettings(Spec):
     """How a model in memory is distilled."""
 
@@ -190,6 +208,8 @@ class Recipe(DistillationSettings):
     """Sequences kept out of training, spread evenly over the text, that each stage is judged on at its end."""
     device: str = "auto"
     """A device by torch's name; `auto` is CUDA where there is one."""
+    parallel: ParallelSettings | None = None
+    """How several processes share the work; shards over all of them if left out."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between checkpoints. There is one at the end of each stage too."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()

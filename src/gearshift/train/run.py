@@ -1,12 +1,13 @@
 """A training run: from a recipe to a folder with a trained model, through interruptions."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from gearshift.data import open_corpus
@@ -16,12 +17,15 @@ from gearshift.model import GearshiftForCausalLM
 from gearshift.train.checkpoint import Checkpoints, replacing
 from gearshift.train.loop import Distiller
 from gearshift.train.metrics import Callback, JsonLines, Record, StageEndRecord, StepRecord
+from gearshift.train.parallel import ALONE, Parallel, parallelise, process_group
 from gearshift.train.recipe import Recipe
+from gearshift.train.stage import Precision
 from gearshift.train.trackers import check_trackers, make_trackers
 
 MAY_CHANGE = {
     "output",
     "device",
+    "parallel",
     "checkpoint_every",
     "trackers",
     "log_every",
@@ -58,39 +62,53 @@ def train(
 
     Args:
         recipe: what to do.
-        progress: called with every record as it is made.
+        progress: called with every record as it is made; of several processes, on the first alone.
         callbacks: the same, and told of the end.
 
     Raises ValueError if something the recipe names is not there or does not fit, or if the output folder holds a run
     of another recipe.
     """
+    with process_group():
+        return _train(recipe, progress, callbacks)
+
+
+def _train(recipe: Recipe, progress: Callable[[Record], None] | None, callbacks: Sequence[Callback]) -> TrainResult:
     output = Path(recipe.output)
     finished = output / "model"
-    _check_same_recipe(recipe, output)
-    if finished.exists():
+    device = _device(recipe.device)
+    parallel = parallelise(recipe.parallel, device)
+    if parallel.once(lambda: _is_finished(recipe, output, finished)):
         return TrainResult(finished, 0, recipe.total_steps, already_finished=True)
     check_trackers(recipe.trackers)
-    distiller, tokenizer, dtype, text = _prepare(recipe)
-    _claim(recipe, output, text)
-    checkpoints = Checkpoints(output / "checkpoints")
+    distiller, tokenizer, dtype, text = _prepare(recipe, device, parallel)
+    parallel.once(lambda: _claim(recipe, output, text))
+    checkpoints = Checkpoints(output / "checkpoints", background=device.type == "cuda")
     resumed = checkpoints.restore(distiller)
     at = distiller.global_step
-    takers = [JsonLines(output / "metrics.jsonl", distiller.progress.stage, distiller.progress.step), *callbacks]
+    takers: list[Callback] = []
     try:
-        takers += make_trackers(recipe.trackers, output, recipe.log_every, recipe.model_dump(mode="json"))
+        if parallel.is_first:
+            lines = JsonLines(output / "metrics.jsonl", distiller.progress.stage, distiller.progress.step)
+            settings = recipe.model_dump(mode="json")
+            takers = [lines, *callbacks, *make_trackers(recipe.trackers, output, recipe.log_every, settings)]
         for record in distiller.run():
             for taker in takers:
                 taker.on_record(record)
-            if progress is not None:
+            if progress is not None and parallel.is_first:
                 progress(record)
             if _is_due(record, recipe.checkpoint_every):
                 checkpoints.save(distiller)
+        checkpoints.wait()
+    except KeyboardInterrupt:
+        if parallel is ALONE:  # of several, some may be gone by now, and with them their parts of it
+            checkpoints.wait()
+        raise
     finally:
         for taker in takers:
             taker.close()
-    with replacing(finished) as folder:
-        _write_model(distiller.model.to(dtype), tokenizer, folder)
-    checkpoints.remove()
+    weights = parallel.weights(distiller.model, dtype)
+    parallel.once(lambda: _write(distiller.model, weights, tokenizer, finished))
+    parallel.once(checkpoints.remove)
     return TrainResult(finished, recipe.total_steps - at, at if resumed else None)
 
 
@@ -100,29 +118,38 @@ def _is_due(record: Record, every: int) -> bool:
     return isinstance(record, StageEndRecord)
 
 
-def _prepare(recipe: Recipe) -> tuple[Distiller, Any, torch.dtype, str]:
+def _is_finished(recipe: Recipe, output: Path, finished: Path) -> bool:
+    """Whether the run has come to its end. ValueError if the folder holds something else."""
+    _check_same_recipe(recipe, output)
+    return finished.exists()
+
+
+def _prepare(recipe: Recipe, device: torch.device, parallel: Parallel) -> tuple[Distiller, Any, torch.dtype, str]:
     """The run before its first step, the tokenizer, the dtype that the weights came in, and a digest of the text."""
-    device = _device(recipe.device)
-    model, dtype = _load(recipe.model, device)
-    teacher = None if recipe.teacher == "self" else _load(recipe.teacher, device)[0].requires_grad_(False)
+    half = Precision(recipe.autocast, device).enabled
+    model = _load(recipe.model)
+    dtype = model.dtype
+    parallel.place(model, device, half)
+    teacher = None
+    if recipe.teacher != "self":
+        teacher = _load(recipe.teacher).requires_grad_(False)
+        parallel.place(teacher, device, half)
     tokenizer = _tokenizer(recipe.model)
     sequences = open_corpus(recipe.sources, tokenizer, recipe.sequence_length, recipe.documents, recipe.data_cache)
     held_out = None
     if recipe.held_out:
         sequences, held_out = sequences.split(recipe.held_out)
-    return Distiller(model, sequences, recipe, teacher, held_out), tokenizer, dtype, sequences.digest()
+    return Distiller(model, sequences, recipe, teacher, held_out, parallel), tokenizer, dtype, sequences.digest()
 
 
-def _load(folder: str, device: torch.device) -> tuple[GearshiftForCausalLM, torch.dtype]:
-    """A model in float32, which learning needs, and the dtype that it was stored in."""
+def _load(folder: str) -> GearshiftForCausalLM:
+    """A model as it was stored, on the CPU."""
     if not Path(folder).exists() and Path(folder).is_absolute():
         raise ValueError(f"there is no model at {folder}: the folder does not exist")
     try:
-        model = GearshiftForCausalLM.from_pretrained(folder, dtype="auto")
+        return GearshiftForCausalLM.from_pretrained(folder, dtype="auto")
     except OSError as error:
         raise ValueError(f"no model can be loaded from {folder!r}: {str(error).splitlines()[0]}") from None
-    dtype = model.dtype
-    return model.float().to(device), dtype
 
 
 def _tokenizer(folder: str) -> Any:
@@ -132,20 +159,27 @@ def _tokenizer(folder: str) -> Any:
         raise ValueError(f"no tokenizer can be loaded from {folder!r}: {str(error).splitlines()[0]}") from None
 
 
-def _write_model(model: GearshiftForCausalLM, tokenizer: Any, folder: Path) -> None:
-    """The folder that a conversion would have written, with these weights."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    config = folder / "config.json"
-    write_json(config, NativeConfig.from_json_dict(read_json(config)).to_json_dict())
-    FORMATS[model.config.model_type].write_companions(folder)
+def _write(model: GearshiftForCausalLM, weights: Mapping[str, Tensor], tokenizer: Any, target: Path) -> None:
+    """The folder that a conversion would have written, of a model like `model` with these weights."""
+    with torch.device("meta"):
+        whole = GearshiftForCausalLM(model.config)
+    whole.load_state_dict(weights, assign=True)
+    whole.tie_weights()
+    whole.to(next(iter(weights.values())).dtype)
+    with replacing(target) as folder:
+        whole.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        config = folder / "config.json"
+        write_json(config, NativeConfig.from_json_dict(read_json(config)).to_json_dict())
+        FORMATS[whole.config.model_type].write_companions(folder)
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        torch.empty(0, device=name)
+        return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 

@@ -99,6 +99,12 @@ class AttentionSpec(MixerSpec):
             raise ValueError(f"rotary positions need an even number of channels, not {rotated} of {head_dim}")
         return self.model_copy(update={"kv_heads": kv_heads, "head_dim": head_dim})
 
+    def splits(self) -> dict[str, int]:
+        assert self.kv_heads is not None, "splits() needs a resolved spec"
+        if self.qk_norm is not None and self.qk_norm_across_heads:
+            raise ValueError("qk_norm_across_heads needs all heads in one place")
+        return {"heads": self.heads, "kv_heads": self.kv_heads}
+
     def state(self) -> tuple[StateTensor, ...]:
         assert self.kv_heads is not None, "state() needs a resolved spec"
         assert self.head_dim is not None, "state() needs a resolved spec"

@@ -43,6 +43,10 @@ class DiscreteMamba2Spec(MixerSpec):
         head_dim = self.head_dim or hidden_size // self.value_heads
         return self.model_copy(update={"key_heads": key_heads, "head_dim": head_dim})
 
+    def splits(self) -> dict[str, int]:
+        assert self.key_heads is not None, "splits() needs a resolved spec"
+        return {"key_heads": self.key_heads, "value_heads": self.value_heads}
+
     def state(self) -> tuple[StateTensor, ...]:
         assert self.key_heads is not None, "state() needs a resolved spec"
         assert self.head_dim is not None, "state() needs a resolved spec"

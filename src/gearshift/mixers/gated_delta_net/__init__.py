@@ -46,6 +46,10 @@ class GatedDeltaNetSpec(MixerSpec):
         value_dim = self.value_dim or key_dim
         return self.model_copy(update={"value_heads": value_heads, "key_dim": key_dim, "value_dim": value_dim})
 
+    def splits(self) -> dict[str, int]:
+        assert self.value_heads is not None, "splits() needs a resolved spec"
+        return {"key_heads": self.key_heads, "value_heads": self.value_heads}
+
     def state(self) -> tuple[StateTensor, ...]:
         assert self.value_heads is not None, "state() needs a resolved spec"
         assert self.key_dim is not None, "state() needs a resolved spec"

@@ -36,6 +36,9 @@ class KimiDeltaAttentionSpec(MixerSpec):
         ranks = {"decay_rank": self.decay_rank or head_dim, "gate_rank": self.gate_rank or head_dim}
         return self.model_copy(update={"head_dim": head_dim, **ranks})
 
+    def splits(self) -> dict[str, int]:
+        return {"heads": self.heads}
+
     def state(self) -> tuple[StateTensor, ...]:
         assert self.head_dim is not None, "state() needs a resolved spec"
         return (

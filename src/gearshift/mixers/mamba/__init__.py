@@ -77,6 +77,13 @@ class MambaSpec(MixerSpec):
         assert self.xb_size is not None, "conv_channels needs a resolved spec"
         return self.xb_size
 
+    def splits(self) -> dict[str, int]:
+        assert self.inner_size is not None, "splits() needs a resolved spec"
+        if self.projection == "classic":
+            return {"inner_size": self.inner_size}
+        assert self.xb_size is not None, "splits() needs a resolved spec"
+        return {f"{name} / state_size": getattr(self, name) // self.state_size for name in ("inner_size", "xb_size")}
+
     def state(self) -> tuple[StateTensor, ...]:
         assert self.inner_size is not None, "state() needs a resolved spec"
         return (

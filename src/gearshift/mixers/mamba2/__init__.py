@@ -57,6 +57,11 @@ class Mamba2Spec(MixerSpec):
             raise ValueError(f"time_step_limit is {low} to {high}: give a least that is not negative, then a greatest")
         return self.model_copy(update={"heads": heads, "norm_groups": norm_groups})
 
+    def splits(self) -> dict[str, int]:
+        assert self.heads is not None, "splits() needs a resolved spec"
+        assert self.norm_groups is not None, "splits() needs a resolved spec"
+        return {"heads": self.heads, "groups": self.groups, "norm_groups": self.norm_groups}
+
     def state(self) -> tuple[StateTensor, ...]:
         assert self.heads is not None, "state() needs a resolved spec"
         channels = self.heads * self.head_dim + 2 * self.groups * self.state_size

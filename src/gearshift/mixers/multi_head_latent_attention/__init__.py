@@ -61,6 +61,9 @@ class MultiHeadLatentAttentionSpec(MixerSpec):
             return scale
         return scale * (0.1 * rotary.mscale_all_dim * math.log(max(rotary.factor, 1.0)) + 1.0) ** 2
 
+    def splits(self) -> dict[str, int]:
+        return {"heads": self.heads}
+
     def state(self) -> tuple[StateTensor, ...]:
         return (
             StateTensor("latent", (TOKENS, self.kv_lora_rank)),

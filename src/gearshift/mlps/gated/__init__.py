@@ -19,5 +19,8 @@ class GatedMLPSpec(MLPSpec):
     bias: bool = False
     """Whether the three projections have biases."""
 
+    def splits(self) -> dict[str, int]:
+        return {"intermediate_size": self.intermediate_size}
+
 
 KIND = Kind(GatedMLPSpec, "gearshift.mlps.gated.module:GatedMLP")

@@ -1,14 +1,23 @@
 """The gated MLP as a module."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from gearshift.mixers.activations import activation
+from gearshift.mixers.base import Sharding
 from gearshift.mlps.gated import GatedMLPSpec
 from gearshift.plan import Constant, Initialiser, Normal
 
 
 class GatedMLP(nn.Module):
     """down_proj(activation(gate_proj(x)) * up_proj(x)), [..., hidden] -> [..., hidden]."""
+
+    sharding: ClassVar[dict[str, Sharding]] = {
+        **{f"{name}_proj.{kind}": "column" for name in ("gate", "up") for kind in ("weight", "bias")},
+        "down_proj.weight": "row",
+        "down_proj.bias": "replicated",
+    }
 
     def __init__(self, spec: GatedMLPSpec, hidden_size: int):
         super().__init__()

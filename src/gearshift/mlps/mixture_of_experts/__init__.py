@@ -60,6 +60,9 @@ class MixtureOfExpertsSpec(MLPSpec):
             raise ValueError("shared_gate needs a shared MLP: set shared, or leave shared_gate out")
         return self
 
+    def splits(self) -> dict[str, int]:
+        raise ValueError("its experts are not split")
+
     @property
     def chooses_groups(self) -> bool:
         """Whether the choice of groups rules any expert out."""

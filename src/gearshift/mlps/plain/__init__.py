@@ -21,5 +21,8 @@ class PlainMLPSpec(MLPSpec):
     down_bias: bool = False
     """Whether the second projection has a bias."""
 
+    def splits(self) -> dict[str, int]:
+        return {"intermediate_size": self.intermediate_size}
+
 
 KIND = Kind(PlainMLPSpec, "gearshift.mlps.plain.module:PlainMLP")

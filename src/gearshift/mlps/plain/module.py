@@ -1,14 +1,24 @@
 """The MLP without a gate as a module."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from gearshift.mixers.activations import activation
+from gearshift.mixers.base import Sharding
 from gearshift.mlps.plain import PlainMLPSpec
 from gearshift.plan import Constant, Initialiser, Normal
 
 
 class PlainMLP(nn.Module):
     """down_proj(activation(up_proj(x))), [..., hidden] -> [..., hidden]."""
+
+    sharding: ClassVar[dict[str, Sharding]] = {
+        "up_proj.weight": "column",
+        "up_proj.bias": "column",
+        "down_proj.weight": "row",
+        "down_proj.bias": "replicated",
+    }
 
     def __init__(self, spec: PlainMLPSpec, hidden_size: int):
         super().__init__()

@@ -1,0 +1,14 @@
+"""Training on many processes: how a model lies on them, and what they have to tell each other.
+
+The engine is PyTorch's. Every mixer and every MLP is a unit of FSDP2 of its own, so that a step gathers the mixers that
+it runs and no others. Within a unit, DTensor splits the parameters as its module's `sharding` table says. Embeddings,
+norms outside the mixers and the head lie on every process whole.
+
+This package alone reads those tables, and beside `train.checkpoint` it alone names torch.distributed.
+"""
+
+from gearshift.train.parallel.alone import ALONE, Parallel
+from gearshift.train.parallel.launch import process_group
+from gearshift.train.parallel.processes import parallelise
+
+__all__ = ["ALONE", "Parallel", "parallelise", "process_group"]

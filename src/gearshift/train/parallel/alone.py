@@ -1,0 +1,91 @@
+"""What training asks of the processes that share its work, and the answers of one that is alone."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gearshift.data import Batch
+from gearshift.model import GearshiftForCausalLM
+from gearshift.spec import Placement
+from gearshift.train.recipe import DistillationSettings
+
+T = TypeVar("T")
+Gradients = Sequence[Tensor]
+
+
+class Parallel:
+    """One process, which has nobody to ask. The others are subclasses of it."""
+
+    is_first: bool = True
+    """Whether this process writes what the run says of itself."""
+    data_ranks: int = 1
+    """Into how many slices a batch is cut."""
+
+    def place(self, model: GearshiftForCausalLM, device: torch.device, half: bool) -> None:
+        """Bring `model` to `device` in float32. `half`: whether its matrix products will run in bfloat16."""
+        model.float().to(device)
+
+    def check(self, settings: DistillationSettings) -> None:
+        """ValueError if the stages' batches cannot be cut into equal slices."""
+
+    def once(self, make: Callable[[], T]) -> T:
+        """What `make` gives on the first process, on all of them. They wait for it."""
+        return make()
+
+    def slice(self, batch: Batch) -> Batch:
+        """This process's share of `batch`, whose sequences must divide evenly."""
+        return batch
+
+    def deal(self, batch: Batch, size: int) -> Sequence[Batch]:
+        """`batch`, which is not learnt from, in parts of together `size` sequences a time: as many on every process.
+
+        Where its sequences do not divide evenly, every process gets all of them.
+        """
+        return batch.split(size)
+
+    def average(self, values: Tensor) -> Tensor:
+        """The mean of `values` over all slices, on every process."""
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all slices, on every process."""
+        return values
+
+    def expect(self, model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, placement: Placement | None) -> None:
+        """Before a step: `model` learns under `placement`, through its depth; None if it learns layer by layer."""
+
+    def sync(self, last: bool) -> None:
+        """Before a part of a step: gradients are exchanged after the `last` part alone."""
+
+    def finish(self, model: nn.Module) -> None:
+        """After the last part: average the gradients of `model` that have not been exchanged with it."""
+
+    def norms(self, groups: Sequence[Gradients]) -> Tensor:
+        """The norm of the gradients of each group, [groups]."""
+        return torch.stack([nn.utils.get_total_norm(group) for group in groups])
+
+    def channels(self, features: Tensor) -> Tensor:
+        """All channels of what a mixer's `o_proj` reads here, [..., channels here] -> [..., channels]."""
+        return features
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """All of a parameter, or of a tensor that lies on the processes as it does."""
+        return tensor
+
+    def weights(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+        """All of the weights of `model` in `dtype` on the CPU, by their names in a checkpoint, on the first process."""
+        kept = {}
+        for name, tensor in model.state_dict().items():
+            whole = self.whole(tensor)
+            if self.is_first:
+                kept[name] = whole.to("cpu", dtype)
+        return kept
+
+    def assign(self, parameter: nn.Parameter, whole: Tensor) -> None:
+        """Give `parameter` the value `whole`, which every process has."""
+        parameter.data.copy_(whole)
+
+
+ALONE = Parallel()

@@ -1,0 +1,26 @@
+"""`gearshift ARGUMENTS` where the second process is killed at step 3, once: run under torchrun by a test."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from gearshift.cli import main
+from gearshift.train import Distiller
+
+torch.set_num_threads(1)
+done = Path(sys.argv.pop(1))
+step = Distiller._step
+
+
+def killed(self, *given):
+    if self.global_step == 3 and os.environ["RANK"] == "1" and not done.exists():
+        done.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *given)
+
+
+Distiller._step = killed
+main()

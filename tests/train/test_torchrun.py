@@ -1,0 +1,57 @@
+"""What the launcher sees: a killed process, a restart, a bad recipe."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from gearshift.train import Recipe, train
+from tests.train.test_parallel import furthest
+from tests.train.test_run import recipe, timeless
+
+STAGES = ({"type": "layerwise", "steps": 2}, {"type": "stochastic", "steps": 2})
+
+
+def torchrun(*arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc-per-node PROCESSES ARGUMENTS`, its output as text."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def write(settings: Recipe, folder: Path) -> Path:
+    """The file of a recipe."""
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(settings.model_dump(mode="json")))
+    return path
+
+
+def test_a_killed_process_ends_the_job_and_a_restart_goes_on_from_the_checkpoint(source, tmp_path) -> None:
+    check_restart(source, tmp_path)
+
+
+def check_restart(source: Path, tmp_path: Path, **more: Any) -> None:
+    """A run whose second process is killed once, against one that nothing happens to."""
+    path = write(recipe(source, tmp_path / "run", stages=STAGES, **more), tmp_path)
+    script = Path(__file__).with_name("killed_once.py")
+    ended = torchrun("--max-restarts", "1", script, tmp_path / "killed", "train", path)
+    assert (tmp_path / "killed").exists()
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("gearshift: another process of this job has ended") == 1
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout.split() == f"{tmp_path}/run/model: 2 steps, resumed at step 2".split()
+    train(recipe(source, tmp_path / "alone", stages=STAGES, **more))
+    assert furthest(timeless(tmp_path / "run"), timeless(tmp_path / "alone")) < 1e-5
+
+
+def test_a_bad_recipe_is_refused_in_one_sentence_said_once(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("{model: nowhere, output: out, stages: [{type: layerwise}]}")
+    ended = torchrun("-m", "gearshift", "train", tmp_path / "recipe.yaml")
+    assert ended.returncode != 0
+    assert ended.stderr.count("gearshift: ") == 1
+    assert "the key 'stages.0.steps' is missing" in ended.stderr
+    assert "exitcode  : 2" in ended.stderr
