@@ -127,7 +127,8 @@ class Distiller:
         for model, function in functions.items():
             model.set_attn_implementation(self._attention or function)
         try:
-            yield
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+                yield
         finally:
             self.model.train(training)
             for model, function in functions.items():
