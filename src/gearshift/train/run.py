@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from gearshift.data import open_corpus
+from gearshift.data import Corpus, TokenSequences, open_chats, open_corpus, read_text
 from gearshift.formats import FORMATS, NativeConfig
 from gearshift.formats.documents import read_json, write_json
 from gearshift.model import GearshiftForCausalLM
@@ -106,11 +106,19 @@ def _prepare(recipe: Recipe) -> tuple[Distiller, Any, torch.dtype, str]:
     model, dtype = _load(recipe.model, device)
     teacher = None if recipe.teacher == "self" else _load(recipe.teacher, device)[0].requires_grad_(False)
     tokenizer = _tokenizer(recipe.model)
-    sequences = open_corpus(recipe.sources, tokenizer, recipe.sequence_length, recipe.documents, recipe.data_cache)
-    held_out = None
-    if recipe.held_out:
-        sequences, held_out = sequences.split(recipe.held_out)
-    return Distiller(model, sequences, recipe, teacher, held_out), tokenizer, dtype, sequences.digest()
+    if recipe.chat_template is not None:
+        tokenizer.chat_template = read_text(recipe.chat_template)
+    settings = (tokenizer, recipe.sequence_length, recipe.documents, recipe.data_cache)
+    kinds = {stage.reads_chats for stage in recipe.stages}
+    text, held_out = _divided(open_corpus(recipe.sources, *settings) if False in kinds else None, recipe.held_out)
+    chats, held_out_chats = _divided(open_chats(recipe.chats, *settings) if True in kinds else None, recipe.held_out)
+    distiller = Distiller(model, text, recipe, teacher, held_out, chats, held_out_chats)
+    return distiller, tokenizer, dtype, " ".join(corpus.digest() for corpus in (text, chats) if corpus is not None)
+
+
+def _divided(corpus: Corpus | None, held_out: int) -> tuple[Corpus | None, TokenSequences | None]:
+    """What is trained on and, if any is wanted, what is held out."""
+    return (corpus, None) if corpus is None or not held_out else corpus.split(held_out)
 
 
 def _load(folder: str, device: torch.device) -> tuple[GearshiftForCausalLM, torch.dtype]:

@@ -1,4 +1,7 @@
-"""The stochastic stage: a sampled placement learns, end to end, to predict what the teacher predicts."""
+"""The stages in which a sampled placement learns end to end: to predict what the teacher predicts, or what is said.
+
+Of chats, only the tokens that a batch marks count, in every loss.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -14,7 +17,7 @@ from gearshift.spec import Placement
 from gearshift.train.graphs import Graphed, GraphedLayers
 from gearshift.train.losses import activation_error, head_losses, next_tokens
 from gearshift.train.noise import is_noisy
-from gearshift.train.recipe import StochasticStage
+from gearshift.train.recipe import SampledStage
 from gearshift.train.stage import Engine, StageRun, Terms
 
 Visit = Callable[[int, Tensor], None]
@@ -31,14 +34,14 @@ class Taught(NamedTuple):
 
 
 class StochasticRun(StageRun):
-    """The stochastic stage at work."""
+    """The stochastic or the sft stage at work."""
 
     def __init__(
         self,
         model: GearshiftForCausalLM,
         teacher: GearshiftForCausalLM,
         engine: Engine,
-        stage: StochasticStage,
+        stage: SampledStage,
         seed: int,
         loss_chunk: int,
     ):
@@ -69,21 +72,25 @@ class StochasticRun(StageRun):
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> Terms:
-        """Forward KL of each placement that has one mixer wherever it is offered, and the main one elsewhere."""
+        """The held-out loss of each placement that has one mixer wherever it is offered, and the main one elsewhere."""
         names = dict.fromkeys(name for offered in self.choices for name in offered)
         main = self.model.spec.main
-        divergences: Terms = {}
+        losses: Terms = {}
+        loss = self.stage.held_out_loss
         for name in names:
             pure = Placement(name if name in offered else main[layer] for layer, offered in enumerate(self.choices))
-            divergences[name] = self._judge(batch, pure, {"forward_kl": 1.0})[1]["forward_kl"]
-        return divergences
+            losses[name] = self._judge(batch, pure, {loss: 1.0})[1][loss]
+        return losses
 
     def _learns(self, placement: Placement) -> bool:
         """Whether any parameter that runs under `placement` learns."""
         mixers = (block.mixer_named(name) for block, name in zip(self.model.model.blocks, placement, strict=True))
         own = any(parameter.requires_grad for mixer in mixers for parameter in mixer.parameters())
-        # With a teacher of its own, nothing outside the mixers learns: it belongs to the main placement.
-        return own or (not self.own_teacher and any(parameter.requires_grad for parameter in _shared(self.model)))
+        return own or self._shared_learn()
+
+    def _shared_learn(self) -> bool:
+        """Whether any parameter outside the mixers learns: not where the main placement, which it is of, teaches."""
+        return any(parameter.requires_grad for parameter in _shared(self.model))
 
     def _judge(
         self, batch: Batch, placement: Placement, weights: Mapping[str, float]
@@ -92,11 +99,12 @@ class StochasticRun(StageRun):
         body = self.model.model
         activation = weights.get("activation", 0.0)
         recompute = self.stage.recompute and torch.is_grad_enabled()
-        taught = self._teach(batch)
+        divergence = any(weight > 0 for name, weight in weights.items() if name != "cross_entropy")
+        taught = self._teach(batch) if divergence else None
         errors: list[Tensor] = []
 
         def compare(layer: int, output: Tensor) -> None:
-            if activation > 0:
+            if activation > 0 and taught is not None:
                 errors.append(activation_error(batch.by_row(output), batch.by_row(taught.outputs[layer])))
 
         with self.precision():
@@ -109,16 +117,17 @@ class StochasticRun(StageRun):
             else:
                 hidden = self._run_layers(self.model, hidden, context, placement, compare, recompute)
             loss, terms = head_losses(
-                body.norm(hidden),
-                taught.final,
-                next_tokens(batch.inputs, context.cu_seqlens),
+                _targeted(body.norm(hidden), batch),
+                None if taught is None else _targeted(taught.final, batch),
+                _targeted(next_tokens(batch.inputs, context.cu_seqlens)[..., None], batch)[..., 0],
                 self.model.lm_head.weight,
-                self.teacher.lm_head.weight,
+                None if taught is None else self.teacher.lm_head.weight,
                 weights,
                 self.stage.temperature,
                 self.loss_chunk,
                 (self.model.spec.logit_softcap, self.teacher.spec.logit_softcap),
                 self.steps.compiled,
+                ragged=batch.counted is not None,
             )
         if activation > 0:
             error = torch.stack(errors).mean()
@@ -132,7 +141,7 @@ class StochasticRun(StageRun):
         outputs: list[Tensor] = []
 
         def keep(layer: int, output: Tensor) -> None:
-            if self.stage.losses.activation > 0:
+            if self.stage.compares_layers:
                 outputs.append(output)
 
         with self.precision():
@@ -145,6 +154,8 @@ class StochasticRun(StageRun):
         """The layers as CUDA graphs, where only mixers learn and no two layers share theirs."""
         keys = self.model.spec.decoder.weight_keys
         if not (self.graphs and self.own_teacher and torch.is_grad_enabled()) or len(set(keys)) < len(keys):
+            return None
+        if self._shared_learn():
             return None
         if self._layers is None:
             self._layers = GraphedLayers(self.model, self.steps, self.precision, hidden)
@@ -182,9 +193,9 @@ class StochasticRun(StageRun):
         return hidden
 
     def describe(self, values: Mapping[Any, float]) -> dict[str, Any]:
-        """`loss`: the weighted sum; `terms`: each loss. Of a measurement: mixer -> forward KL of its pure placement."""
+        """`loss`: the weighted sum; `terms`: each loss. Of a measurement: mixer -> loss of its pure placement."""
         if "loss" not in values:
-            return {"forward_kl": dict(values)}
+            return {self.stage.held_out_loss: dict(values)}
         return {"loss": values["loss"], "terms": {name: value for name, value in values.items() if name != "loss"}}
 
     def describe_step(self, step: int) -> dict[str, Any]:
@@ -192,6 +203,17 @@ class StochasticRun(StageRun):
 
     def clip_groups(self) -> Iterator[list[nn.Parameter]]:
         return iter([list(self.model.parameters())])
+
+
+def _targeted(values: Tensor, batch: Batch) -> Tensor:
+    """Of `values` [..., channels] for each position of the batch's inputs, those whose next token counts.
+
+    All as they are, or [1, positions that count, channels].
+    """
+    if batch.targeted is None:
+        return values
+    chosen = batch.targeted.to(values.device, non_blocking=True)
+    return values.reshape(-1, values.shape[-1]).index_select(0, chosen)[None]
 
 
 def _shared(model: GearshiftForCausalLM) -> Iterator[nn.Parameter]:
