@@ -89,7 +89,7 @@ class StageEndRecord(Record):
 
     held_out: dict[str, Any] | None = None
     """On held-out text. Layerwise: as in a step's record. Stochastic: mixer -> forward KL with it everywhere. Sft: the
-    same of the cross-entropy, on held-out chats."""
+    same of the cross-entropy on held-out chats, and of every preset that is sampled by name."""
 
     @property
     def event(self) -> str:

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from gearshift.data import Boundaries, ChatSource, DataSource
 from gearshift.settings import load_settings
 from gearshift.spec import Spec
-from gearshift.train.sampling import AllocationSampling, Sampling, normalised
+from gearshift.train.sampling import AllocationSampling, PresetSampling, Sampling, normalised
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -130,6 +130,11 @@ class SampledStage(StageSettings):
     """The loss that held-out sequences are judged by."""
 
     @property
+    def held_out_placements(self) -> tuple[str, ...]:
+        """Placements that held-out sequences are judged under, beside those of one mixer everywhere."""
+        return ()
+
+    @property
     def needs_teacher(self) -> bool:
         return any(weight > 0 for name, weight in self.losses if name != "cross_entropy")
 
@@ -163,6 +168,10 @@ class SftStage(SampledStage):
     """The highest learning rate of the stage."""
     losses: ChatLossWeights = ChatLossWeights()
     """What the placement is judged by, on the assistant's tokens only."""
+
+    @property
+    def held_out_placements(self) -> tuple[str, ...]:
+        return tuple(self.sampling.probabilities) if isinstance(self.sampling, PresetSampling) else ()
 
 
 Stage = Annotated[LayerwiseStage | StochasticStage | SftStage, Field(discriminator="type")]

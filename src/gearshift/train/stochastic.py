@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from gearshift.data import Batch
 from gearshift.mixers.base import MixContext
 from gearshift.model import GearshiftForCausalLM
-from gearshift.spec import Placement
+from gearshift.spec import Placement, resolve_placement
 from gearshift.train.graphs import Graphed, GraphedLayers
 from gearshift.train.losses import activation_error, head_losses, next_tokens
 from gearshift.train.noise import is_noisy
@@ -72,15 +72,19 @@ class StochasticRun(StageRun):
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> Terms:
-        """The held-out loss of each placement that has one mixer wherever it is offered, and the main one elsewhere."""
+        """The held-out loss of each placement with one mixer wherever it is offered, and of those the stage names.
+
+        Where its mixer is not offered, a placement has the main one.
+        """
+        main, loss = self.model.spec.main, self.stage.held_out_loss
         names = dict.fromkeys(name for offered in self.choices for name in offered)
-        main = self.model.spec.main
-        losses: Terms = {}
-        loss = self.stage.held_out_loss
-        for name in names:
-            pure = Placement(name if name in offered else main[layer] for layer, offered in enumerate(self.choices))
-            losses[name] = self._judge(batch, pure, {loss: 1.0})[1][loss]
-        return losses
+        placements = {
+            name: Placement(name if name in offered else main[layer] for layer, offered in enumerate(self.choices))
+            for name in names
+        }
+        for name in self.stage.held_out_placements:
+            placements[name] = resolve_placement(name, self.presets, self.choices)
+        return {name: self._judge(batch, placement, {loss: 1.0})[1][loss] for name, placement in placements.items()}
 
     def _learns(self, placement: Placement) -> bool:
         """Whether any parameter that runs under `placement` learns."""
@@ -193,7 +197,7 @@ class StochasticRun(StageRun):
         return hidden
 
     def describe(self, values: Mapping[Any, float]) -> dict[str, Any]:
-        """`loss`: the weighted sum; `terms`: each loss. Of a measurement: mixer -> loss of its pure placement."""
+        """`loss`: the weighted sum; `terms`: each loss. Of a measurement: placement -> its loss."""
         if "loss" not in values:
             return {self.stage.held_out_loss: dict(values)}
         return {"loss": values["loss"], "terms": {name: value for name, value in values.items() if name != "loss"}}
