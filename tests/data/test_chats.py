@@ -125,7 +125,7 @@ def test_a_long_chat_is_cut_and_one_without_an_answer_left_out(tmp_path: Path, c
     with caplog.at_level(logging.WARNING):
         made = corpus(tmp_path, chat("u:1", "a:2"), long, late, chat("u:3"), length=16)
     assert [text for text, _, _ in rows(made)] == ["<u>1#\n<a>2#\n||||", "<u>12#\n<a>xxxxxx"]
-    assert "of 3 chats, 1 are longer than 16 tokens and cut there; 1 more are left out" in caplog.text
+    assert "of 3 chats, 1 are cut after 16 tokens, and 1 are left out because" in caplog.text
     with pytest.raises(ValueError, match=r"in every chat in .*chats.jsonl, the assistant speaks only after 16 tokens"):
         corpus(tmp_path, late, length=16)
 

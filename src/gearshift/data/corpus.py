@@ -259,8 +259,8 @@ def chat_rows(file: TokenFile, length: int) -> np.ndarray:
         chat = max(after, chat + 1)
     if cut or lost:
         _log.warning(
-            "%s: of %d chats, %d are longer than %d tokens and cut there; %d more are left out, for the assistant"
-            " speaks only after that", file.name, len(ends), cut, length, lost,
+            "%s: of %d chats, %d are cut after %d tokens, and %d are left out because the assistant speaks only after"
+            " that", file.name, len(ends), cut, length, lost,
         )  # fmt: skip
     if not rows:
         raise ValueError(

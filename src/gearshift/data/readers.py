@@ -13,6 +13,9 @@ PIECE = 2**20
 """Bytes. A longer plain text is read in pieces, cut at ends of lines."""
 EXTRA = 'pip install "gearshift[data]"'
 
+Spans = list[tuple[int, int]]
+"""Stretches of a text: (first character, the one after the last), rising and apart."""
+
 
 class Piece(NamedTuple):
     """A document, or a part of one."""
@@ -22,12 +25,8 @@ class Piece(NamedTuple):
     """Whether the document ends here."""
     amount: float
     """How much of the reader's `size` was read for it."""
-    counted: "Spans | None" = None
+    counted: Spans | None = None
     """Of a chat, the characters that are to be learnt."""
-
-
-Spans = list[tuple[int, int]]
-"""Stretches of a text: (first character, the one after the last), rising and apart."""
 
 
 class ChatRenderer(Protocol):

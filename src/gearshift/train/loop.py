@@ -76,7 +76,7 @@ class Distiller:
         for index, stage in enumerate(settings.stages):
             if self._sequences[stage.reads_chats] is None:
                 what = "chats" if stage.reads_chats else "text"
-                raise ValueError(f"stage {index} is {stage.type} and learns from {what}, but no {what} is given")
+                raise ValueError(f"stage {index} is {stage.type} and learns from {what}, but got none")
         self.progress = Progress()
         self.optimiser: torch.optim.AdamW | None = None
         self.average: Average | None = None

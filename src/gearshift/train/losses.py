@@ -63,8 +63,8 @@ def head_losses(
         chunk: positions.
         softcaps: the student's and the teacher's soft cap on logits (`ModelSpec.logit_softcap`).
         compiled: whether to compile what is done with a chunk, so that its logits are read fewer times.
-        ragged: whether there is another number of positions each time. A chunk that is not full is then not compiled,
-            for that would be done anew at every step.
+        ragged: whether there is another number of positions each time, all of them labelled. Nothing that depends on
+            the number is then compiled, for that would be done anew at every step.
     """
     names = [name for name in HEAD_TERMS if weights.get(name, 0.0) > 0]
     if not names:
@@ -114,8 +114,8 @@ class _HeadLosses(torch.autograd.Function):
         teacher_head = None if teacher_head is None else _autocast(teacher_head)
         totals = torch.zeros(len(weights), device=student.device)
         labelled = (labels != IGNORED).sum().clamp_min(1)
-        positions = max(1, len(student))
-        per_position = {name: 1 / labelled if name == "cross_entropy" else 1 / positions for name in weights}
+        by_label = {"cross_entropy"} if not ragged else weights.keys()
+        per_position = {name: 1 / labelled if name in by_label else 1 / len(student) for name in weights}
         scaled = {name: weight * per_position[name] for name, weight in weights.items()}
         heads = (student_head, teacher_head)
         for start in range(0, len(student), chunk):

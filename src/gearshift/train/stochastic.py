@@ -1,9 +1,10 @@
 """The stages in which a sampled placement learns end to end: to predict what the teacher predicts, or what is said.
 
-Of chats, only the tokens that a batch marks count, in every loss.
+Where a batch marks the tokens that count, the losses on next-token distributions are means over these alone.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -90,8 +91,9 @@ class StochasticRun(StageRun):
         """Whether any parameter that runs under `placement` learns."""
         mixers = (block.mixer_named(name) for block, name in zip(self.model.model.blocks, placement, strict=True))
         own = any(parameter.requires_grad for mixer in mixers for parameter in mixer.parameters())
-        return own or self._shared_learn()
+        return own or self._shared_learn
 
+    @cached_property
     def _shared_learn(self) -> bool:
         """Whether any parameter outside the mixers learns: not where the main placement, which it is of, teaches."""
         return any(parameter.requires_grad for parameter in _shared(self.model))
@@ -123,7 +125,7 @@ class StochasticRun(StageRun):
             loss, terms = head_losses(
                 _targeted(body.norm(hidden), batch),
                 None if taught is None else _targeted(taught.final, batch),
-                _targeted(next_tokens(batch.inputs, context.cu_seqlens)[..., None], batch)[..., 0],
+                _targeted(next_tokens(batch.inputs, context.cu_seqlens), batch),
                 self.model.lm_head.weight,
                 None if taught is None else self.teacher.lm_head.weight,
                 weights,
@@ -159,7 +161,7 @@ class StochasticRun(StageRun):
         keys = self.model.spec.decoder.weight_keys
         if not (self.graphs and self.own_teacher and torch.is_grad_enabled()) or len(set(keys)) < len(keys):
             return None
-        if self._shared_learn():
+        if self._shared_learn:
             return None
         if self._layers is None:
             self._layers = GraphedLayers(self.model, self.steps, self.precision, hidden)
@@ -210,14 +212,10 @@ class StochasticRun(StageRun):
 
 
 def _targeted(values: Tensor, batch: Batch) -> Tensor:
-    """Of `values` [..., channels] for each position of the batch's inputs, those whose next token counts.
-
-    All as they are, or [1, positions that count, channels].
-    """
+    """Of `values` [batch, tokens, ...], those at positions whose next token counts, [1, positions, ...]; or all."""
     if batch.targeted is None:
         return values
-    chosen = batch.targeted.to(values.device, non_blocking=True)
-    return values.reshape(-1, values.shape[-1]).index_select(0, chosen)[None]
+    return values.flatten(0, 1).index_select(0, batch.targeted.to(values.device, non_blocking=True))[None]
 
 
 def _shared(model: GearshiftForCausalLM) -> Iterator[nn.Parameter]:
