@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gearshift.data import TokenSequences
-from gearshift.train import DistillationSettings, LayerwiseStage, StochasticStage, distil
+from gearshift.train import DistillationSettings, LayerwiseStage, SftStage, StochasticStage, distil, losses
 from tests.models import MIXERS, supernet, tokens
 
 STAGES = {
@@ -17,6 +17,7 @@ STAGES = {
     "stochastic, all losses": StochasticStage(
         steps=3, losses={"forward_kl": 1.0, "reverse_kl": 0.2, "cross_entropy": 0.5, "activation": 0.1}
     ),
+    "sft": SftStage(steps=4),
 }
 LATENT = {
     "type": "multi_head_latent_attention",
@@ -39,11 +40,13 @@ def learnt(stage: str, device: str = "cpu", **settings: Any) -> tuple[dict[str, 
     model.to(device)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     losses: list[float] = []
+    counted = torch.rand(8, 20, generator=torch.Generator().manual_seed(0)) < 0.6
     distil(
         model,
         TokenSequences(tokens(8, 20)),
-        DistillationSettings(stages=(STAGES[stage],), batch_size=4, gradient_accumulation=2, **settings),
+        DistillationSettings(stages=(STAGES[stage],), batch_size=4, gradient_accumulation=2, loss_chunk=8, **settings),
         lambda record: losses.append(record.loss) if record.event == "step" else None,
+        chats=TokenSequences(tokens(8, 20), None, counted),
     )
     return {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}, losses
 
@@ -86,3 +89,21 @@ def test_the_attention_function_is_put_back() -> None:
     distil(model, data, settings, lambda record: seen.append(model.config._attn_implementation))
     assert set(seen) == {"eager"}
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_another_number_of_counted_tokens_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    losses._compiled_chunk_terms.cache_clear()
+    torch.compiler.reset()
+    weights = {"forward_kl": 0.5, "reverse_kl": 0.2, "cross_entropy": 1.0}
+    graphs = []
+    for positions in (17, 19, 31, 5, 0):
+        hidden = torch.randn(2, 1, positions, 6)
+        given = hidden[0].requires_grad_(), hidden[1], torch.ones(1, positions).long(), *torch.randn(2, 11, 6)
+        loss, _ = losses.head_losses(*given, weights, chunk=8, compiled=True, ragged=True)
+        plain, _ = losses.head_losses(*given, weights, chunk=8, ragged=not positions)
+        loss.backward()
+        assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    losses._compiled_chunk_terms.cache_clear()
+    assert len(set(graphs)) == 1

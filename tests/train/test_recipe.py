@@ -126,9 +126,16 @@ def test_a_key_that_comes_twice_is_refused(tmp_path):
         load_recipe(file)
 
 
-def test_the_recipe_of_the_guide_to_data_can_be_read(tmp_path: Path) -> None:
-    guide = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+@pytest.mark.parametrize("guide", ["data.md", "recipes.md"])
+def test_the_training_recipes_of_the_guides_can_be_read(tmp_path: Path, guide: str) -> None:
+    text = (Path(__file__).parents[2] / "docs" / guide).read_text()
+    given = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if block.startswith("model:")]
     path = tmp_path / "recipe.yaml"
-    path.write_text(re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)[0])
-    recipe = load_recipe(path)
-    assert [source.weight for source in recipe.sources] == [3, 1, 6]
+    recipes = []
+    for block in given:
+        path.write_text(block)
+        recipes.append(load_recipe(path))
+    assert len(recipes) >= 2
+    if guide == "data.md":
+        assert [source.weight for source in recipes[0].sources] == [3, 1, 6]
+        assert [source.field for source in recipes[1].chats] == ["messages", "conversations", "messages"]

@@ -1,7 +1,8 @@
-"""What a training step reads: rows of tokens, and where documents begin in them."""
+"""What a training step reads: rows of tokens, where documents begin in them, and which of them are to be learnt."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ class Batch:
     """[rows, length], int64."""
     starts: Tensor | None = None
     """[rows, length], bool, on the CPU: True where a document begins. None: each row is one text."""
+    counted: Tensor | None = None
+    """[rows, length], bool, on the CPU: True where a token is one to predict. None: all are."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -42,11 +45,30 @@ class Batch:
         """What the model made of `inputs` [..., channels], as [rows, length, channels]."""
         return hidden.reshape(*self.tokens.shape, hidden.shape[-1])
 
+    @cached_property
+    def targeted(self) -> Tensor | None:
+        """[positions], int64, on the CPU: the positions of `inputs`, flattened, whose next token counts. None: all.
+
+        A row's last position has no next token, nor has the last one of a packed document.
+        """
+        if self.counted is None:
+            return None
+        followed = self.counted[:, 1:] if self.starts is None else self.counted[:, 1:] & ~self.starts[:, 1:]
+        return F.pad(followed, (0, 1)).flatten().nonzero().flatten()
+
+    @property
+    def weight(self) -> int:
+        """What the batch counts for beside others: its rows, or the tokens to predict where not all count."""
+        return len(self) if self.targeted is None else len(self.targeted)
+
+    def rows(self, chosen: Any) -> "Batch":
+        """These rows: a slice, indices or a mask."""
+        starts, counted = (None if part is None else part[chosen] for part in (self.starts, self.counted))
+        return Batch(self.tokens[chosen], starts, counted)
+
     def split(self, size: int) -> list["Batch"]:
         """Parts of `size` rows, the last one of what is left."""
-        tokens = self.tokens.split(size)
-        starts = [None] * len(tokens) if self.starts is None else self.starts.split(size)
-        return [Batch(*part) for part in zip(tokens, starts, strict=True)]
+        return [self.rows(slice(first, first + size)) for first in range(0, len(self), size)]
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tokens on a device, without waiting for them to arrive."""

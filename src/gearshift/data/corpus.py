@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -14,12 +15,15 @@ import torch
 from pydantic import Field, model_validator
 
 from gearshift.data.batch import Batch
+from gearshift.data.chats import ChatTemplate
 from gearshift.data.order import interleaved, shares, shuffled
 from gearshift.data.python_text import python_documents
-from gearshift.data.readers import Dataset, Documents, Files, Reader
+from gearshift.data.readers import ChatRenderer, Dataset, Documents, Files, Reader
 from gearshift.data.sequences import TokenSequences, spread, too_few
 from gearshift.data.tokens import TokenFile, tokenised
 from gearshift.spec import Spec
+
+_log = logging.getLogger(__name__)
 
 Boundaries = Literal["joined", "packed"]
 """`joined`: a sequence is one text, whatever documents it holds. `packed`: documents in it do not see each other."""
@@ -49,12 +53,19 @@ class DataSource(Spec):
             raise ValueError("config and split belong to a dataset, not to a path")
         return self
 
-    def reader(self) -> Reader:
-        """Opens the source. ValueError if it is not there."""
+    def reader(self, chats: ChatRenderer | None = None) -> Reader:
+        """Opens the source, of text or of `chats`. ValueError if it is not there."""
         if self.dataset is not None:
-            return Dataset(self.dataset, self.config, self.split or "train", self.field)
+            return Dataset(self.dataset, self.config, self.split or "train", self.field, chats)
         assert self.path is not None
-        return Files(self.path, self.field)
+        return Files(self.path, self.field, chats)
+
+
+class ChatSource(DataSource):
+    """One source of chats."""
+
+    field: str = "messages"
+    """The key or column that holds a row's chat: a list of {role, content}, or ShareGPT's {from, value}."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,11 @@ class Cut:
     """Sequences that do not count, [held out], int64, rising."""
 
     def __len__(self) -> int:
-        return len(self.file.tokens) // self.length - len(self.held_out)
+        return self._total - len(self.held_out)
+
+    @property
+    def _total(self) -> int:
+        return len(self.file.tokens) // self.length
 
     @cached_property
     def _gaps(self) -> np.ndarray:
@@ -82,13 +97,45 @@ class Cut:
         """The same with these sequences of the source held out too."""
         return replace(self, held_out=np.union1d(self.held_out, np.array(places, np.int64)))
 
-    def read(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, place: int) -> tuple[np.ndarray, ...]:
         """A sequence of the source: its tokens [length], and where documents begin in it [length], bool."""
         first = place * self.length
-        starts = np.zeros(self.length, bool)
-        low, high = np.searchsorted(self.file.starts, (first, first + self.length))
+        return self.file.tokens[first : first + self.length], self._starts(first, first + self.length)
+
+    def _starts(self, first: int, end: int) -> np.ndarray:
+        """Which of the tokens from `first` to `end` begin documents, [end - first], bool."""
+        starts = np.zeros(end - first, bool)
+        low, high = np.searchsorted(self.file.starts, (first, end))
         starts[self.file.starts[low:high] - first] = True
-        return self.file.tokens[first : first + self.length], starts
+        return starts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatCut(Cut):
+    """The chats of a source as sequences of one length: as many whole ones as fit, then padding.
+
+    A chat that is longer than a sequence is cut at its end and has one to itself.
+    """
+
+    rows: np.ndarray
+    """Of each sequence, the first of its tokens and the one after the last, [sequences, 2], int64."""
+    padding: int
+    """The token that fills sequences up. It is never learnt."""
+
+    @property
+    def _total(self) -> int:
+        return len(self.rows)
+
+    def read(self, place: int) -> tuple[np.ndarray, ...]:
+        """A sequence: tokens, where chats (and the padding) begin, and which tokens are to be learnt. All [length]."""
+        first, end = self.rows[place]
+        used = end - first
+        tokens = np.full(self.length, self.padding, self.file.tokens.dtype)
+        starts, counted = np.zeros((2, self.length), bool)
+        tokens[:used], starts[:used] = self.file.tokens[first:end], self._starts(first, end)
+        counted[:used] = self.file.counted[first:end]
+        starts[used : used + 1] = True
+        return tokens, starts, counted
 
 
 class Corpus:
@@ -134,7 +181,7 @@ class Corpus:
         ]
         rest = [cut.without(chosen) for cut, chosen in zip(self.cuts, places, strict=True)]
         batch = self._read([(source, place) for source, chosen in enumerate(places) for place in chosen])
-        return Corpus(rest, self.shares, self.boundaries), TokenSequences(batch.tokens, batch.starts)
+        return Corpus(rest, self.shares, self.boundaries), TokenSequences.of(batch)
 
     def digest(self) -> str:
         """Changes if any token does, or what is drawn from where."""
@@ -143,9 +190,10 @@ class Corpus:
 
     def _read(self, chosen: Sequence[tuple[int, int]]) -> Batch:
         """The sequences (source, place), in this order."""
-        tokens, starts = zip(*(self.cuts[source].read(place) for source, place in chosen), strict=True)
-        packed = torch.from_numpy(np.stack(starts)) if self.boundaries == "packed" else None
-        return Batch(torch.from_numpy(np.stack(tokens).astype(np.int64)), packed)
+        parts = zip(*(self.cuts[source].read(place) for source, place in chosen), strict=True)
+        tokens, starts, *counted = (np.stack(part) for part in parts)
+        packed = torch.from_numpy(starts) if self.boundaries == "packed" else None
+        return Batch(torch.from_numpy(tokens.astype(np.int64)), packed, *map(torch.from_numpy, counted))
 
 
 def open_corpus(
@@ -167,6 +215,58 @@ def open_corpus(
             text, tokens = f"the text{_where(cut, cuts)}", len(cut.file.tokens)
             raise ValueError(f"{text} is too short: {tokens} tokens do not make one sequence of {length}")
     return Corpus(cuts, shares([source.weight for source in sources] or [1.0]), boundaries)
+
+
+def open_chats(
+    sources: Sequence[ChatSource],
+    tokenizer: Any,
+    length: int,
+    boundaries: Boundaries = "joined",
+    cache: str | Path | None = None,
+) -> Corpus:
+    """The chats of `sources`, rendered by the tokenizer's chat template, in sequences of `length` tokens.
+
+    What the assistant says is marked as what is to be learnt. Says on stderr how many chats are too long. ValueError if
+    a source cannot be read, or if the tokenizer has no chat template.
+    """
+    template = ChatTemplate(tokenizer)
+    padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    cuts = []
+    for source in sources:
+        file = tokenised(source.reader(template), tokenizer, cache)
+        cuts.append(ChatCut(file, length, rows=chat_rows(file, length), padding=padding))
+    return Corpus(cuts, shares([source.weight for source in sources]), boundaries)
+
+
+def chat_rows(file: TokenFile, length: int) -> np.ndarray:
+    """Which tokens of a file of chats each sequence of `length` takes, as in `ChatCut`.
+
+    Chats of which nothing is left to learn are left out. ValueError if that is all of them.
+    """
+    ends = np.append(file.starts[1:], len(file.tokens))
+    rows: list[tuple[int, int]] = []
+    chat, cut, lost = 0, 0, 0
+    while chat < len(ends):
+        first = int(file.starts[chat])
+        after = int(np.searchsorted(ends, first + length, side="right"))
+        if after > chat:
+            rows.append((first, int(ends[after - 1])))
+        elif file.counted[first + 1 : first + length].any():
+            rows.append((first, first + length))
+            cut += 1
+        else:
+            lost += 1
+        chat = max(after, chat + 1)
+    if cut or lost:
+        _log.warning(
+            "%s: of %d chats, %d are cut after %d tokens, and %d are left out because the assistant speaks only after"
+            " that", file.name, len(ends), cut, length, lost,
+        )  # fmt: skip
+    if not rows:
+        raise ValueError(
+            f"in every chat in {file.name}, the assistant speaks only after {length} tokens: take longer sequences"
+        )
+    return np.array(rows, np.int64)
 
 
 def _where(cut: Cut, cuts: Sequence[Cut]) -> str:

@@ -1,4 +1,4 @@
-"""Text from where it lies, a piece at a time: plain files, jsonl, parquet, datasets of the hub."""
+"""Text and chats from where they lie, a piece at a time: plain files, jsonl, parquet, datasets of the hub."""
 
 import hashlib
 import json
@@ -13,6 +13,9 @@ PIECE = 2**20
 """Bytes. A longer plain text is read in pieces, cut at ends of lines."""
 EXTRA = 'pip install "gearshift[data]"'
 
+Spans = list[tuple[int, int]]
+"""Stretches of a text: (first character, the one after the last), rising and apart."""
+
 
 class Piece(NamedTuple):
     """A document, or a part of one."""
@@ -22,6 +25,20 @@ class Piece(NamedTuple):
     """Whether the document ends here."""
     amount: float
     """How much of the reader's `size` was read for it."""
+    counted: Spans | None = None
+    """Of a chat, the characters that are to be learnt."""
+
+
+class ChatRenderer(Protocol):
+    """What makes a text of a row's chat."""
+
+    def identity(self) -> Any:
+        """What changes if chats may come out otherwise, as JSON."""
+        ...
+
+    def __call__(self, value: Any, field: str, where: str) -> tuple[str, Spans]:
+        """A chat's text and what of it is to be learnt. ValueError, beginning with `where`, if it is no chat."""
+        ...
 
 
 class Reader(Protocol):
@@ -31,6 +48,8 @@ class Reader(Protocol):
     """What a person calls it."""
     size: int
     """What all pieces' amounts add up to."""
+    chats: ChatRenderer | None
+    """What made the pieces of chats. None: they are plain text."""
 
     def identity(self) -> Any:
         """What changes if the text may have changed, as JSON."""
@@ -44,30 +63,35 @@ class Reader(Protocol):
 class Files:
     """A file, or all files below a folder that hold text, sorted by path: `.jsonl`, `.parquet`, or plain text."""
 
-    def __init__(self, path: str | Path, field: str = "text"):
-        """`field` is the key or column of the text. ValueError if there is no such file."""
+    def __init__(self, path: str | Path, field: str = "text", chats: ChatRenderer | None = None):
+        """`field` is the key or column of the text, or of the `chats`. ValueError if there is no such file."""
         path = Path(path)
         self.name = str(path)
         self.field = field
+        self.chats = chats
+        what = "text" if chats is None else "chats"
         if not path.exists():
-            raise ValueError(f"no text at {path}: there is no such file or folder")
-        suffixes = (*TEXT, *LINES, *PARQUET)
+            raise ValueError(f"no {what} at {path}: there is no such file or folder")
+        suffixes = (*LINES, *PARQUET) if chats else (*TEXT, *LINES, *PARQUET)
         inside = (file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
         self.files = sorted(inside) if path.is_dir() else [path]
         if not self.files:
-            raise ValueError(f"no text in {path}: it holds no file that ends in {', '.join(sorted(suffixes))}")
+            raise ValueError(f"no {what} in {path}: it holds no file that ends in {', '.join(sorted(suffixes))}")
+        if chats and path.suffix not in suffixes and not path.is_dir():
+            raise ValueError(f"no chats in {path}: they are read from files that end in {', '.join(sorted(suffixes))}")
         self.size = sum(file.stat().st_size for file in self.files)
 
     def identity(self) -> Any:
         stats = [(str(file.resolve()), file.stat()) for file in self.files]
-        return [self.field, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
+        seen = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        return [self.field, seen, *_identity(self.chats)]
 
     def pieces(self) -> Iterator[Piece]:
         for file in self.files:
             if file.suffix in LINES:
-                yield from _lines(file, self.field)
+                yield from _lines(file, self.field, self.chats)
             elif file.suffix in PARQUET:
-                yield from _parquet(file, self.field)
+                yield from _parquet(file, self.field, self.chats)
             else:
                 yield from _plain(file)
 
@@ -75,10 +99,13 @@ class Files:
 class Dataset:
     """A dataset of the Hugging Face hub, or anything else that `datasets.load_dataset` takes by name."""
 
-    def __init__(self, dataset: str, config: str | None, split: str, field: str = "text"):
-        """ValueError if it cannot be loaded or has no such column."""
+    def __init__(
+        self, dataset: str, config: str | None, split: str, field: str = "text", chats: ChatRenderer | None = None
+    ):
+        """`field` is the column of the text, or of the `chats`. ValueError if there is none, or no such dataset."""
         self.name = dataset
         self.field = field
+        self.chats = chats
         load_dataset = _load_dataset()
         try:
             self.rows = load_dataset(dataset, config, split=split)
@@ -90,13 +117,13 @@ class Dataset:
         self.size = len(self.rows)
 
     def identity(self) -> Any:
-        return [self.name, self.field, self.rows._fingerprint]
+        return [self.name, self.field, self.rows._fingerprint, *_identity(self.chats)]
 
     def pieces(self) -> Iterator[Piece]:
         number = 0
         for rows in self.rows.select_columns([self.field]).iter(batch_size=1000):
             for value in rows[self.field]:
-                yield Piece(_text(value, self.field, f"{self.name}, row {number}"), True, 1)
+                yield _document(value, self.field, f"{self.name}, row {number}", 1, self.chats)
                 number += 1
 
 
@@ -105,6 +132,7 @@ class Documents:
 
     def __init__(self, name: str, texts: list[str]):
         self.name = name
+        self.chats: ChatRenderer | None = None
         self.texts = texts
         self.size = sum(map(len, texts))
 
@@ -135,12 +163,15 @@ def _plain(path: Path) -> Iterator[Piece]:
             at += len(content)
 
 
-def _lines(path: Path, field: str) -> Iterator[Piece]:
+def _lines(path: Path, field: str, chats: ChatRenderer | None) -> Iterator[Piece]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
+            if not line.strip():
+                yield Piece("", True, len(line))
+                continue
             try:
-                row = json.loads(line.rstrip()) if line.strip() else {field: ""}
+                row = json.loads(line.rstrip())
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
             except UnicodeDecodeError as error:
@@ -148,10 +179,10 @@ def _lines(path: Path, field: str) -> Iterator[Piece]:
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: not an object with the key {field!r}")
             _check_column(where, field, row)
-            yield Piece(_text(row[field], field, where), True, len(line))
+            yield _document(row[field], field, where, len(line), chats)
 
 
-def _parquet(path: Path, field: str) -> Iterator[Piece]:
+def _parquet(path: Path, field: str, chats: ChatRenderer | None) -> Iterator[Piece]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -164,7 +195,7 @@ def _parquet(path: Path, field: str) -> Iterator[Piece]:
             number = 0
             for rows in file.iter_batches(columns=[field]):
                 for value in rows.column(0).to_pylist():
-                    yield Piece(_text(value, field, f"{path}, row {number}"), True, amount)
+                    yield _document(value, field, f"{path}, row {number}", amount, chats)
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from None
@@ -183,6 +214,19 @@ def _check_column(where: str, field: str, names: Any) -> None:
         raise ValueError(
             f"{where}: there is no column {field!r}; there is {', '.join(map(str, names)) or 'none at all'}"
         )
+
+
+def _identity(chats: ChatRenderer | None) -> list[Any]:
+    """What a reader's identity says of chats: nothing where there are none."""
+    return [] if chats is None else [chats.identity()]
+
+
+def _document(value: Any, field: str, where: str, amount: float, chats: ChatRenderer | None) -> Piece:
+    """What a row holds under `field`."""
+    if chats is None:
+        return Piece(_text(value, field, where), True, amount)
+    text, counted = chats(value, field, where)
+    return Piece(_text(text, field, where), True, amount, counted)
 
 
 def _text(value: Any, field: str, where: str) -> str:

@@ -28,6 +28,13 @@ class TokenSequences:
     """[sequences, length], int64."""
     starts: Tensor | None = None
     """[sequences, length], bool: where documents begin (see `Batch`). None: each sequence is one text."""
+    counted: Tensor | None = None
+    """[sequences, length], bool: the tokens to predict. None: all are."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> "TokenSequences":
+        """The rows of a batch."""
+        return cls(batch.tokens, batch.starts, batch.counted)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -40,12 +47,12 @@ class TokenSequences:
     @property
     def all(self) -> Batch:
         """Every sequence, once, in the text's order."""
-        return Batch(self.tokens, self.starts)
+        return Batch(self.tokens, self.starts, self.counted)
 
     def draw(self, numbers: Iterable[int], seed: int = 0) -> Batch:
         """See `Sequences`."""
         chosen = [shuffled(number % len(self), len(self), seed, 0, number // len(self)) for number in numbers]
-        return Batch(self.tokens[chosen], None if self.starts is None else self.starts[chosen])
+        return self.all.rows(chosen)
 
     def split(self, held_out: int) -> tuple["TokenSequences", "TokenSequences"]:
         """(the rest, `held_out` sequences spread evenly over the text). ValueError if nothing would be left."""
@@ -53,11 +60,8 @@ class TokenSequences:
             raise ValueError(too_few(len(self), self.length, held_out))
         chosen = torch.zeros(len(self), dtype=torch.bool)
         chosen[torch.from_numpy(spread(held_out, len(self)))] = True
-        parts = [
-            TokenSequences(self.tokens[mask], None if self.starts is None else self.starts[mask])
-            for mask in (~chosen, chosen)
-        ]
-        return parts[0], parts[1]
+        rest, kept = self.all.rows(~chosen), self.all.rows(chosen)
+        return TokenSequences.of(rest), TokenSequences.of(kept)
 
 
 def spread(count: int, size: int) -> np.ndarray:

@@ -1,12 +1,12 @@
-"""Text tokenised once, into memory-mapped files that every later run opens."""
+"""Text and chats tokenised once, into memory-mapped files that every later run opens."""
 
 import hashlib
 import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterable, Iterator
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock
 from rich.console import Console
 
-from gearshift.data.readers import Piece, Reader
+from gearshift.data.readers import Piece, Reader, Spans
 from gearshift.plan.ahead import made_ahead
 from gearshift.progress import Advance, bar
 
@@ -49,6 +49,11 @@ class TokenFile:
         """[documents], int64, rising, memory-mapped: the first token of each document."""
         return np.memmap(self.folder / "documents.bin", np.int64, "r")
 
+    @cached_property
+    def counted(self) -> np.ndarray:
+        """[tokens], bool, memory-mapped, of chats only: whether a token is to be learnt."""
+        return np.memmap(self.folder / "counted.bin", np.bool_, "r")
+
 
 def cache_folder() -> Path:
     """Where tokens are kept: $GEARSHIFT_CACHE, or `gearshift` in the user's cache folder."""
@@ -59,8 +64,9 @@ def cache_folder() -> Path:
 def tokenised(reader: Reader, tokenizer: Any, cache: str | Path | None = None) -> TokenFile:
     """The tokens of a source: those an earlier call has written, or new ones, with a progress bar on a terminal.
 
-    Each document is followed by the tokenizer's end-of-sequence token, if it has one. Of processes that want the same
-    tokens at the same time, one writes and the others wait. ValueError if the source has no text, or cannot be read.
+    Each document but a chat is followed by the tokenizer's end-of-sequence token, if it has one. Of processes that want
+    the same tokens at the same time, one writes and the others wait. ValueError if the source has no text, or no turn
+    of an assistant in any chat, or cannot be read.
     """
     cache = Path(cache) if cache else cache_folder()
     identity = json.dumps([LAYOUT, reader.identity(), tokenizer_identity(tokenizer)])
@@ -91,7 +97,8 @@ def _write(reader: Reader, tokenizer: Any, target: Path) -> None:
         with bar(Console(stderr=True), f"tokenising {reader.name}", reader.size) as advance:
             facts = _write_tokens(reader, tokenizer, fresh, advance)
         if not facts["tokens"]:
-            raise ValueError(f"there is no text in {reader.name}: all that it holds is empty")
+            what = ("text", "is empty") if reader.chats is None else ("chat", "has no turn of the assistant")
+            raise ValueError(f"there is no {what[0]} in {reader.name}: all that it holds {what[1]}")
         (fresh / "facts.json").write_text(json.dumps(facts))
         fresh.rename(target)
     finally:
@@ -99,21 +106,34 @@ def _write(reader: Reader, tokenizer: Any, target: Path) -> None:
 
 
 def _write_tokens(reader: Reader, tokenizer: Any, folder: Path, advance: Advance) -> dict[str, Any]:
-    """Write `tokens.bin` and `documents.bin`. Returns the facts."""
+    """Write `tokens.bin` and `documents.bin`, and `counted.bin` of chats. Returns the facts."""
     dtype = np.min_scalar_type(max(tokenizer.get_vocab().values()))
-    end = b"" if tokenizer.eos_token_id is None else np.array([tokenizer.eos_token_id], dtype).tobytes()
+    chats = reader.chats is not None  # their template ends them
+    end = b"" if tokenizer.eos_token_id is None or chats else np.array([tokenizer.eos_token_id], dtype).tobytes()
     digest = hashlib.blake2b(digest_size=16)
     starts, written, begun = array("q"), 0, False
 
-    def encode(group: list[Piece]) -> list[tuple[Piece, bytes]]:
-        texts = [piece.text for piece in group]
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        return [(piece, np.array(ids, dtype).tobytes()) for piece, ids in zip(group, encoded, strict=True)]
+    def encode(group: list[Piece]) -> list[tuple[Piece, bytes, bytes]]:
+        encoded = tokenizer(
+            [piece.text for piece in group],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=chats,
+            verbose=False,
+        )
+        contents = [np.array(ids, dtype).tobytes() for ids in encoded["input_ids"]]
+        marks = [b""] * len(group)
+        if chats:
+            placed = zip(group, encoded["offset_mapping"], strict=True)
+            marks = [_overlapping(offsets, piece.counted or []).tobytes() for piece, offsets in placed]
+        return list(zip(group, contents, marks, strict=True))
 
     ahead = made_ahead(_groups(reader.pieces()), encode, lambda group: 1, most=2)
-    with (folder / "tokens.bin").open("wb") as file, closing(ahead) as groups:
-        for group in groups:
-            for piece, content in group:
+    with ExitStack() as stack:
+        file = stack.enter_context((folder / "tokens.bin").open("wb"))
+        marked = stack.enter_context((folder / "counted.bin").open("wb")) if chats else None
+        for group in stack.enter_context(closing(ahead)):
+            for piece, content, marks in group:
                 if content and not begun:
                     starts.append(written)
                     begun = True
@@ -122,12 +142,24 @@ def _write_tokens(reader: Reader, tokenizer: Any, folder: Path, advance: Advance
                     begun = False
                 file.write(content)
                 digest.update(content)
+                if marked is not None:
+                    marked.write(marks)
+                    digest.update(marks)
                 written += len(content) // dtype.itemsize
                 advance(piece.amount)
     documents = np.array(starts, np.int64).tobytes()
     (folder / "documents.bin").write_bytes(documents)
     digest.update(documents)
     return {"dtype": dtype.name, "tokens": written, "documents": len(starts), "digest": digest.hexdigest()}
+
+
+def _overlapping(offsets: Sequence[tuple[int, int]], spans: Spans) -> np.ndarray:
+    """[tokens], bool: whether a token, with the characters `offsets` [tokens], has one of those in `spans`."""
+    edges = np.array(offsets, np.int64).reshape(-1, 2)
+    marks = np.zeros(len(edges), np.bool_)
+    for first, end in spans:
+        marks |= (edges[:, 0] < end) & (edges[:, 1] > first)
+    return marks
 
 
 def _groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

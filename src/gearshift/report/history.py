@@ -24,6 +24,12 @@ KNOWN = {
     "stage_end": set[str](),
 }
 """Kind of record -> what is asked of it beside its place in the run."""
+HELD_OUT = {
+    "mixers": "error",
+    "forward_kl": "forward KL, nats a token",
+    "cross_entropy": "cross-entropy, nats a token",
+}
+"""What a stage's end says of held-out text -> what that is, in words."""
 Rows = dict[str, list[float | None]]
 """Mixer -> a number for each layer."""
 Read = TypeVar("Read")
@@ -72,7 +78,7 @@ class StageHistory:
         said = self.end and self.end.get("held_out")
         if not said:
             return None
-        for key, words in (("mixers", "error"), ("forward_kl", "forward KL, nats a token")):
+        for key, words in HELD_OUT.items():
             if key in said:
                 return words, said[key]
         return "loss", {name: value for name, value in said.items() if isinstance(value, int | float)}

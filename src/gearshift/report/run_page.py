@@ -172,7 +172,8 @@ def _held_out(history: RunHistory, palette: Palette) -> Section | None:
     heads = ["", *(f"{stage}: {words}" for stage, words, _ in ends)]
     words = (
         "Measured at the end of each stage on sequences that are never trained on. A layerwise error is a mean over "
-        "layers; forward KL is from the teacher, with the one mixer in every layer that offers it."
+        "layers; forward KL is from the teacher, with the one mixer in every layer that offers it; cross-entropy is "
+        "that of what the assistant says in chats, under the same placements and the presets that were sampled."
     )
     body = table(heads, rows, numeric=range(1, len(heads)))
     return Section("held-out", "Held-out text", (tag("p", words), body))

@@ -1,4 +1,4 @@
-"""Distillation: a layerwise stage, then a stochastic one, from the model itself."""
+"""Distillation: a layerwise stage, then a stochastic one, from the model itself; and fine-tuning on chats."""
 
 from gearshift.records import read_records
 from gearshift.train.guard import TrainingDivergedError
@@ -13,6 +13,7 @@ from gearshift.train.metrics import (
     step_progress,
 )
 from gearshift.train.recipe import (
+    ChatLossWeights,
     DistillationSettings,
     LayerwiseStage,
     LossWeights,
@@ -20,6 +21,7 @@ from gearshift.train.recipe import (
     ParallelSettings,
     Recipe,
     ScheduleSettings,
+    SftStage,
     StochasticStage,
     load_recipe,
 )
@@ -36,6 +38,7 @@ __all__ = [
     "AllocationSampling",
     "CalibrationRecord",
     "Callback",
+    "ChatLossWeights",
     "DistillationSettings",
     "Distiller",
     "JsonLines",
@@ -48,6 +51,7 @@ __all__ = [
     "Record",
     "SamplingStrategy",
     "ScheduleSettings",
+    "SftStage",
     "StageEndRecord",
     "StepRecord",
     "StochasticStage",

@@ -49,31 +49,39 @@ class Distiller:
     def __init__(
         self,
         model: GearshiftForCausalLM,
-        sequences: Sequences,
+        sequences: Sequences | None,
         settings: DistillationSettings,
         teacher: GearshiftForCausalLM | None = None,
         held_out: TokenSequences | None = None,
+        chats: Sequences | None = None,
+        held_out_chats: TokenSequences | None = None,
         parallel: Parallel = ALONE,
     ):
         """Prepare, and change nothing yet.
 
         Args:
             model: the supernet, in float32 where it is to learn. It is changed in place.
-            sequences: what it learns from.
+            sequences: what it learns from. None if all stages learn from chats.
             settings: how.
             teacher: a reference model of the same shape, whose main placement teaches. None: the model's own.
             held_out: what each stage is judged on at its end.
+            chats: what sft stages learn from, with the tokens that count marked.
+            held_out_chats: what sft stages are judged on.
             parallel: the processes that share the work, where both models lie already. By itself, this one alone.
 
         Raises ValueError if the settings do not fit the model.
         """
         self.model = model
-        self.sequences = sequences
         self.settings = settings
         self.teacher = model if teacher is None else teacher
-        self.held_out = held_out
         self.parallel = parallel
         self.parallel.check(settings)
+        self._sequences = {False: sequences, True: chats}
+        self._held_out = {False: held_out, True: held_out_chats}
+        for index, stage in enumerate(settings.stages):
+            if self._sequences[stage.reads_chats] is None:
+                what = "chats" if stage.reads_chats else "text"
+                raise ValueError(f"stage {index} is {stage.type} and learns from {what}, but got none")
         self.progress = Progress()
         self.optimiser: torch.optim.AdamW | None = None
         self.average: Average | None = None
@@ -84,7 +92,7 @@ class Distiller:
         for module in model.modules():
             if isinstance(module, Mixer):
                 module.check_device(self.device, learning=True)
-        own = teacher is None
+        own = teacher is None and any(stage.needs_teacher for stage in settings.stages)
         self.scales = learning_rate_scales(model, settings.learning_rate_scales, settings.freeze, own)
         """Name -> factor on the learning rate, of the parameters that learn."""
         if teacher is not None:
@@ -183,7 +191,7 @@ class Distiller:
         self.parallel.expect(self.model, self.teacher, described.get("placement"))
         parts = self._parts(index, batch.to(self.device))
         with seeded(self.device, settings.seed, global_step) if self.noisy else nullcontext():
-            terms = self._average(parts, lambda part, share: run.learn(part, global_step, share))
+            terms = self._average(batch, parts, lambda part, share: run.learn(part, global_step, share))
         self.parallel.finish(self.model)
         norm = clip(run.clip_groups(), settings.optimiser.clip_norm, self.parallel)
         if terms:
@@ -191,8 +199,8 @@ class Distiller:
         # Nothing was read back before this: on a GPU, all of the step has been launched.
         said = {"loss": None, "terms": {}} if terms is None else run.describe(_read(terms))
         if terms:
-            self._check(said["loss"], "loss", parts)
-        self._check(float(norm), "norm of the gradients", parts)
+            self._check(said["loss"], "loss", batch, parts)
+        self._check(float(norm), "norm of the gradients", batch, parts)
         if self.average is not None:
             self.average.update()
         self.optimiser.zero_grad(set_to_none=not run.keeps_gradients)
@@ -211,7 +219,7 @@ class Distiller:
             **described,
         )
 
-    def _check(self, value: float, what: str, parts: Sequence[Batch]) -> None:
+    def _check(self, value: float, what: str, batch: Batch, parts: Sequence[Batch]) -> None:
         """TrainingDivergedError if a number of the present step is not finite."""
         if math.isfinite(value):
             return
@@ -220,7 +228,7 @@ class Distiller:
 
         def learn_again() -> None:
             with seeded(self.device, self.settings.seed, step) if self.noisy else nullcontext():
-                self._average(parts, lambda part, share: plain.learn(part, step, share))
+                self._average(batch, parts, lambda part, share: plain.learn(part, step, share))
 
         raise self._diverged(f"the {what} became {value}", learn_again, plain.describe_step(step).get("placement"))
 
@@ -239,29 +247,33 @@ class Distiller:
 
     def _measure(self, index: int, run: StageRun) -> dict[str, Any] | None:
         """What held-out text says of the model now, in parts of the stage's size."""
-        if self.held_out is None:
+        held_out = self._held_out[self.settings.stages[index].reads_chats]
+        if held_out is None:
             return None
         size = self.settings.batch_size_of(index) // self.settings.parts_of(index)
-        parts = self.parallel.deal(self.held_out.all.to(self.device), size)
+        whole = held_out.all.to(self.device)
+        parts = self.parallel.deal(whole, size)
         self.model.eval()
-        terms = self._average(parts, lambda part, share: run.measure(part))
+        terms = self._average(whole, parts, lambda part, share: run.measure(part))
         set_modes(self.model)
         assert terms is not None
         return run.describe(_read(terms))
 
     def _average(
-        self, batches: Sequence[Batch], judge: Callable[[Batch, float], dict[Any, Tensor] | None]
+        self, whole: Batch, parts: Sequence[Batch], judge: Callable[[Batch, float], dict[Any, Tensor] | None]
     ) -> dict[Any, Tensor] | None:
-        """The mean of `judge(part, share)` over all parts on all processes, weighted by their sequences.
+        """The mean of `judge(part, share)` over all parts of `whole` on all processes, by what they count for.
 
-        None if there was nothing to judge.
+        `parts` are this process's. None if there was nothing to judge.
         """
         total: dict[Any, Tensor] = {}
-        sequences = sum(len(batch) for batch in batches)
-        for index, batch in enumerate(batches):
-            share = len(batch) / sequences
-            self.parallel.sync(index == len(batches) - 1)
-            terms = judge(batch, share)
+        weight = whole.weight * sum(map(len, parts)) / len(whole)
+        if not weight:
+            return None
+        for index, part in enumerate(parts):
+            share = part.weight / weight
+            self.parallel.sync(index == len(parts) - 1)
+            terms = judge(part, share)
             if terms is None:
                 return None
             for key, value in terms.items():
@@ -291,12 +303,15 @@ class Distiller:
     def _batch(self, index: int, step: int, count: int) -> Batch:
         """`count` sequences from where step `step` of stage `index` begins, not yet on the device.
 
-        Stages share one order.
+        Stages that learn from text share one order, and so do those that learn from chats.
         """
-        sizes = [self.settings.batch_size_of(stage) for stage in range(index + 1)]
-        before = sum(size * stage.steps for size, stage in zip(sizes, self.settings.stages[:index], strict=False))
-        first = before + step * sizes[index]
-        batch = self.sequences.draw(range(first, first + count), self.settings.seed)
+        stages, size_of = self.settings.stages, self.settings.batch_size_of
+        chats = stages[index].reads_chats
+        before = sum(size_of(i) * stages[i].steps for i in range(index) if stages[i].reads_chats == chats)
+        first = before + step * size_of(index)
+        sequences = self._sequences[chats]
+        assert sequences is not None
+        batch = sequences.draw(range(first, first + count), self.settings.seed)
         return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _steps_before(self, index: int) -> int:
@@ -305,19 +320,21 @@ class Distiller:
 
 def distil(
     model: GearshiftForCausalLM,
-    sequences: Sequences,
+    sequences: Sequences | None,
     settings: DistillationSettings,
     on_record: Callable[[Record], None] | None = None,
     callbacks: Sequence[Callback] = (),
     teacher: GearshiftForCausalLM | None = None,
     held_out: TokenSequences | None = None,
+    chats: Sequences | None = None,
+    held_out_chats: TokenSequences | None = None,
 ) -> None:
     """Distil a model in memory, in place, from start to end. No files: see `train` for checkpoints and resuming.
 
     `on_record` and the callbacks get each record as it is made; for the rest see `Distiller`.
     """
     try:
-        for record in Distiller(model, sequences, settings, teacher, held_out).run():
+        for record in Distiller(model, sequences, settings, teacher, held_out, chats, held_out_chats).run():
             if on_record is not None:
                 on_record(record)
             for callback in callbacks:
@@ -352,7 +369,7 @@ def _check_teacher(model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, s
     ours, theirs = model.spec, teacher.spec
     if ours.vocab_size != theirs.vocab_size:
         raise ValueError(f"the teacher's vocabulary has {theirs.vocab_size} tokens, the model's {ours.vocab_size}")
-    compares = any(isinstance(stage, LayerwiseStage) or stage.losses.activation > 0 for stage in settings.stages)
+    compares = any(stage.compares_layers for stage in settings.stages)
     shapes = [(spec.decoder.num_layers, spec.hidden_size) for spec in (ours, theirs)]
     if compares and shapes[0] != shapes[1]:
         raise ValueError(

@@ -35,15 +35,16 @@ def next_tokens(tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
 
 def head_losses(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | None,
     labels: Tensor,
     student_head: Tensor,
-    teacher_head: Tensor,
+    teacher_head: Tensor | None,
     weights: Mapping[str, float],
     temperature: float = 1.0,
     chunk: int = 256,
     softcaps: tuple[float | None, float | None] = (None, None),
     compiled: bool = False,
+    ragged: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the losses on next-token distributions, and each of them, in nats a token.
 
@@ -52,7 +53,8 @@ def head_losses(
 
     Args:
         student: [batch, tokens, hidden], the student's final hidden states.
-        teacher: [batch, tokens, hidden of the teacher], the teacher's. No gradient goes there.
+        teacher: [batch, tokens, hidden of the teacher], the teacher's. No gradient goes there. None, as its head, if
+            there is no divergence to compute.
         labels: [batch, tokens], the next token of each position, `IGNORED` where there is none.
         student_head: [vocabulary, hidden].
         teacher_head: [vocabulary, hidden of the teacher].
@@ -61,6 +63,8 @@ def head_losses(
         chunk: positions.
         softcaps: the student's and the teacher's soft cap on logits (`ModelSpec.logit_softcap`).
         compiled: whether to compile what is done with a chunk, so that its logits are read fewer times.
+        ragged: whether there is another number of positions each time, all of them labelled. Nothing that depends on
+            the number is then compiled, for that would be done anew at every step.
     """
     names = [name for name in HEAD_TERMS if weights.get(name, 0.0) > 0]
     if not names:
@@ -68,7 +72,7 @@ def head_losses(
     loss, terms = _HeadLosses.apply(
         student.flatten(0, 1),
         student_head,
-        teacher.flatten(0, 1),
+        None if teacher is None else teacher.flatten(0, 1),
         teacher_head,
         labels.flatten(),
         {name: weights[name] for name in names},
@@ -76,6 +80,7 @@ def head_losses(
         chunk,
         softcaps,
         compiled,
+        ragged,
     )
     return loss, dict(zip(names, terms.unbind(), strict=True))
 
@@ -92,29 +97,34 @@ class _HeadLosses(torch.autograd.Function):
         ctx: Any,
         student: Tensor,
         student_head: Tensor,
-        teacher: Tensor,
-        teacher_head: Tensor,
+        teacher: Tensor | None,
+        teacher_head: Tensor | None,
         labels: Tensor,
         weights: dict[str, float],
         temperature: float,
         chunk: int,
         softcaps: tuple[float | None, float | None],
         compiled: bool,
+        ragged: bool,
     ) -> tuple[Tensor, Tensor]:
         of_hidden, of_head = ctx.needs_input_grad[:2]
         hidden_gradient = torch.empty_like(student) if of_hidden else None
         head_gradient = torch.zeros_like(student_head) if of_head else None
-        student_head, teacher_head = _autocast(student_head), _autocast(teacher_head)
+        student_head = _autocast(student_head)
+        teacher_head = None if teacher_head is None else _autocast(teacher_head)
         totals = torch.zeros(len(weights), device=student.device)
         labelled = (labels != IGNORED).sum().clamp_min(1)
-        per_position = {name: 1 / labelled if name == "cross_entropy" else 1 / len(student) for name in weights}
+        by_label = {"cross_entropy"} if not ragged else weights.keys()
+        per_position = {name: 1 / labelled if name in by_label else 1 / len(student) for name in weights}
         scaled = {name: weight * per_position[name] for name, weight in weights.items()}
-        judge = _compiled_chunk_terms() if compiled else _chunk_terms
+        heads = (student_head, teacher_head)
         for start in range(0, len(student), chunk):
             part = slice(start, start + chunk)
-            heads = (student_head, teacher_head)
+            full = start + chunk <= len(student)
+            judge = _compiled_chunk_terms() if compiled and (full or not ragged) else _chunk_terms
+            hidden = (student[part], None if teacher is None else teacher[part])
             sums, of_hidden_part, of_head_part = judge(
-                (student[part], teacher[part]), heads, labels[part], scaled, temperature, softcaps, (of_hidden, of_head)
+                hidden, heads, labels[part], scaled, temperature, softcaps, (of_hidden, of_head)
             )
             totals += torch.stack([sums[name] * per_position[name] for name in weights])
             if hidden_gradient is not None and of_hidden_part is not None:
@@ -129,7 +139,7 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients = (None if made is None else made * upstream[0].to(made.dtype) for made in ctx.saved_tensors)
-        return (*gradients, *[None] * 8)
+        return (*gradients, *[None] * 9)
 
 
 def _autocast(head: Tensor) -> Tensor:
@@ -139,8 +149,8 @@ def _autocast(head: Tensor) -> Tensor:
 
 
 def _chunk_terms(
-    hidden: tuple[Tensor, Tensor],
-    heads: tuple[Tensor, Tensor],
+    hidden: tuple[Tensor, Tensor | None],
+    heads: tuple[Tensor, Tensor | None],
     labels: Tensor,
     weights: Mapping[str, Any],
     temperature: float,
@@ -153,6 +163,8 @@ def _chunk_terms(
     logits = soft_capped(F.linear(hidden[0], heads[0]).float(), softcaps[0])
     against = None
     if weights.keys() - {"cross_entropy"}:
+        assert hidden[1] is not None
+        assert heads[1] is not None
         against = soft_capped(F.linear(hidden[1], heads[1]).float(), softcaps[1])
     sums, gradient = _terms(logits, against, labels, weights, temperature, any(wanted))
     if softcaps[0] is not None:

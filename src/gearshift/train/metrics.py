@@ -18,7 +18,7 @@ class Record:
     stage: int
     """Number of the stage, from 0."""
     type: str
-    """Kind of the stage: `layerwise` or `stochastic`."""
+    """Kind of the stage: `layerwise`, `stochastic` or `sft`."""
     step: int
     """Number of the step within its stage, from 0; the stage's number of steps for its end."""
     global_step: int
@@ -88,7 +88,8 @@ class StageEndRecord(Record):
     """The end of a stage."""
 
     held_out: dict[str, Any] | None = None
-    """On held-out text. Layerwise: as in a step's record. Stochastic: mixer -> forward KL with it everywhere."""
+    """On held-out text. Layerwise: as in a step's record. Stochastic: mixer -> forward KL with it everywhere. Sft: the
+    same of the cross-entropy on held-out chats, and of every preset that is sampled by name."""
 
     @property
     def event(self) -> str:

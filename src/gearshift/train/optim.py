@@ -36,7 +36,7 @@ def learning_rate_scales(
         scales: glob -> factor; the last that matches counts. Without a match: 0 if the main placement uses the
             parameter, else 1.
         freeze: globs that never learn.
-        own_teacher: whether the model under its main placement is the teacher.
+        own_teacher: whether the model under its main placement teaches any stage.
 
     Raises ValueError if a glob matches nothing, if nothing learns, if a parameter that learns is not float32, or if
     a parameter of the main placement would learn although that placement is the teacher.
@@ -58,7 +58,8 @@ def learning_rate_scales(
         if own_teacher and name in main:
             raise ValueError(
                 f"{name!r} would learn, but the main placement uses it, and that is the teacher: freeze it (a narrower"
-                " glob in learning_rate_scales), or name a separate reference model as teacher"
+                " glob in learning_rate_scales), name a separate reference model as teacher, or learn in sft stages by"
+                " cross_entropy alone"
             )
         if parameter.dtype != torch.float32:
             raise ValueError(f"{name!r} is {parameter.dtype}, too coarse to learn in: load the model in float32")

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from gearshift.data import Boundaries, DataSource
+from gearshift.data import Boundaries, ChatSource, DataSource
 from gearshift.settings import load_settings
 from gearshift.spec import Spec
-from gearshift.train.sampling import AllocationSampling, Sampling, normalised
+from gearshift.train.sampling import AllocationSampling, PresetSampling, Sampling, normalised
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -55,8 +55,27 @@ class LossWeights(Spec):
         return self
 
 
+class ChatLossWeights(Spec):
+    """The weights of the sft stage's losses, all on the assistant's tokens only. Those at 0 are not computed."""
+
+    cross_entropy: Weight = 1.0
+    """Cross-entropy of the assistant's next token, nats: learns from the chats."""
+    forward_kl: Weight = 0.0
+    """KL(teacher | student), nats: stays near all that the teacher finds likely."""
+    reverse_kl: Weight = 0.0
+    """KL(student | teacher), nats: stays off what the teacher finds unlikely."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        normalised(self.model_dump(), "the losses' weights")
+        return self
+
+
 class StageSettings(Spec):
     """What every stage has."""
+
+    reads_chats: ClassVar[bool] = False
+    """Whether the stage learns from chats, not from text."""
 
     steps: int = Field(ge=0)
     """Optimiser steps."""
@@ -68,6 +87,16 @@ class StageSettings(Spec):
     """Parts that a step's sequences are processed in, one after another; the recipe's if left out."""
     schedule: ScheduleSettings | None = None
     """The course of the learning rate; the recipe's if left out."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the stage learns from a teacher."""
+        return True
+
+    @property
+    def compares_layers(self) -> bool:
+        """Whether the student's layers are held against the teacher's, one by one."""
+        return True
 
 
 class LayerwiseStage(StageSettings):
@@ -85,25 +114,67 @@ class LayerwiseStage(StageSettings):
     """`ridge`: how strongly the fit is held to the scaled projection, as a share of the features' mean square."""
 
 
-class StochasticStage(StageSettings):
-    """Sampled placements learn end to end to repeat the teacher's next-token distribution."""
+class SampledStage(StageSettings):
+    """What the stages have in which sampled placements learn end to end."""
 
-    type: Literal["stochastic"] = "stochastic"
-    """Always `stochastic`."""
-    learning_rate: Rate = 5e-4
-    """The highest learning rate of the stage."""
     sampling: Sampling = AllocationSampling()
     """How the placement of a step is drawn."""
-    losses: LossWeights = LossWeights()
+    losses: LossWeights | ChatLossWeights
     """What the placement is judged by."""
     temperature: Rate = 1.0
     """Divides the logits of both divergences."""
     recompute: bool = False
     """Whether the backward pass computes each layer again instead of keeping its activations: slower by about a third,
     and memory for one layer's activations instead of all. The result is the same."""
+    held_out_loss: ClassVar[str]
+    """The loss that held-out sequences are judged by."""
+
+    @property
+    def held_out_placements(self) -> tuple[str, ...]:
+        """Placements that held-out sequences are judged under, beside those of one mixer everywhere."""
+        return ()
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(weight > 0 for name, weight in self.losses if name != "cross_entropy")
+
+    @property
+    def compares_layers(self) -> bool:
+        return isinstance(self.losses, LossWeights) and self.losses.activation > 0
 
 
-Stage = Annotated[LayerwiseStage | StochasticStage, Field(discriminator="type")]
+class StochasticStage(SampledStage):
+    """Sampled placements learn end to end to repeat the teacher's next-token distribution."""
+
+    held_out_loss: ClassVar[str] = "forward_kl"
+
+    type: Literal["stochastic"] = "stochastic"
+    """Always `stochastic`."""
+    learning_rate: Rate = 5e-4
+    """The highest learning rate of the stage."""
+    losses: LossWeights = LossWeights()
+    """What the placement is judged by."""
+
+
+class SftStage(SampledStage):
+    """Supervised fine-tuning: sampled placements learn to say what the assistant says in chats."""
+
+    reads_chats: ClassVar[bool] = True
+    held_out_loss: ClassVar[str] = "cross_entropy"
+
+    type: Literal["sft"] = "sft"
+    """Always `sft`."""
+    learning_rate: Rate = 1e-4
+    """The highest learning rate of the stage."""
+    losses: ChatLossWeights = ChatLossWeights()
+    """What the placement is judged by, on the assistant's tokens only."""
+
+    @property
+    def held_out_placements(self) -> tuple[str, ...]:
+        return tuple(self.sampling.probabilities) if isinstance(self.sampling, PresetSampling) else ()
+
+
+Stage = Annotated[LayerwiseStage | StochasticStage | SftStage, Field(discriminator="type")]
 """Any stage, told apart by `type`."""
 
 
@@ -198,8 +269,12 @@ class Recipe(DistillationSettings):
     """A file, or a folder: short for one source of `data`. With neither, the English text that every Python carries."""
     data: tuple[DataSource, ...] = ()
     """The sources of text, mixed by their weights."""
+    chats: tuple[ChatSource, ...] = ()
+    """The sources of chats, mixed by their weights: what sft stages learn from. The other stages learn from text."""
+    chat_template: str | None = None
+    """A file with the Jinja template that renders chats; it is written with the model. Null: the tokenizer's own."""
     documents: Boundaries = "joined"
-    """`joined`: a sequence is one text, whatever documents it holds. `packed`: documents do not see each other."""
+    """`joined`: a sequence is one text, whatever documents or chats it holds. `packed`: they do not see each other."""
     data_cache: str | None = None
     """The folder for tokenised text; null: `tokens` in $GEARSHIFT_CACHE, by itself in the user's cache folder."""
     sequence_length: int = Field(default=1024, ge=2)
@@ -221,6 +296,12 @@ class Recipe(DistillationSettings):
     def _one_text(self) -> Self:
         if self.text is not None and self.data:
             raise ValueError("give either text or data: text is short for data with one path")
+        return self
+
+    @model_validator(mode="after")
+    def _chats_for_sft(self) -> Self:
+        if any(stage.reads_chats for stage in self.stages) and not self.chats:
+            raise ValueError("an sft stage learns from chats: name their sources in chats")
         return self
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from gearshift.data import open_corpus
+from gearshift.data import Corpus, TokenSequences, open_chats, open_corpus, read_text
 from gearshift.formats import FORMATS, NativeConfig
 from gearshift.formats.documents import read_json, write_json
 from gearshift.model import GearshiftForCausalLM
@@ -135,11 +135,19 @@ def _prepare(recipe: Recipe, device: torch.device, parallel: Parallel) -> tuple[
         teacher = _load(recipe.teacher).requires_grad_(False)
         parallel.place(teacher, device, half)
     tokenizer = _tokenizer(recipe.model)
-    sequences = open_corpus(recipe.sources, tokenizer, recipe.sequence_length, recipe.documents, recipe.data_cache)
-    held_out = None
-    if recipe.held_out:
-        sequences, held_out = sequences.split(recipe.held_out)
-    return Distiller(model, sequences, recipe, teacher, held_out, parallel), tokenizer, dtype, sequences.digest()
+    if recipe.chat_template is not None:
+        tokenizer.chat_template = read_text(recipe.chat_template)
+    settings = (tokenizer, recipe.sequence_length, recipe.documents, recipe.data_cache)
+    kinds = {stage.reads_chats for stage in recipe.stages}
+    text, held_out = _divided(open_corpus(recipe.sources, *settings) if False in kinds else None, recipe.held_out)
+    chats, held_out_chats = _divided(open_chats(recipe.chats, *settings) if True in kinds else None, recipe.held_out)
+    distiller = Distiller(model, text, recipe, teacher, held_out, chats, held_out_chats, parallel)
+    return distiller, tokenizer, dtype, " ".join(corpus.digest() for corpus in (text, chats) if corpus is not None)
+
+
+def _divided(corpus: Corpus | None, held_out: int) -> tuple[Corpus | None, TokenSequences | None]:
+    """What is trained on and, if any is wanted, what is held out."""
+    return (corpus, None) if corpus is None or not held_out else corpus.split(held_out)
 
 
 def _load(folder: str) -> GearshiftForCausalLM:

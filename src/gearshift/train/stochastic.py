@@ -1,6 +1,10 @@
-"""The stochastic stage: a sampled placement learns, end to end, to predict what the teacher predicts."""
+"""The stages in which a sampled placement learns end to end: to predict what the teacher predicts, or what is said.
+
+Where a batch marks the tokens that count, the losses on next-token distributions are means over these alone.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from gearshift.data import Batch
 from gearshift.mixers.base import MixContext
 from gearshift.model import GearshiftForCausalLM
-from gearshift.spec import Placement
+from gearshift.spec import Placement, resolve_placement
 from gearshift.train.graphs import Graphed, GraphedLayers
 from gearshift.train.losses import activation_error, head_losses, next_tokens
 from gearshift.train.noise import is_noisy
-from gearshift.train.recipe import StochasticStage
+from gearshift.train.recipe import SampledStage
 from gearshift.train.stage import Engine, StageRun, Terms
 
 Visit = Callable[[int, Tensor], None]
@@ -31,14 +35,14 @@ class Taught(NamedTuple):
 
 
 class StochasticRun(StageRun):
-    """The stochastic stage at work."""
+    """The stochastic or the sft stage at work."""
 
     def __init__(
         self,
         model: GearshiftForCausalLM,
         teacher: GearshiftForCausalLM,
         engine: Engine,
-        stage: StochasticStage,
+        stage: SampledStage,
         seed: int,
         loss_chunk: int,
     ):
@@ -72,21 +76,30 @@ class StochasticRun(StageRun):
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> Terms:
-        """Forward KL of each placement that has one mixer wherever it is offered, and the main one elsewhere."""
+        """The held-out loss of each placement with one mixer wherever it is offered, and of those the stage names.
+
+        Where its mixer is not offered, a placement has the main one.
+        """
+        main, loss = self.model.spec.main, self.stage.held_out_loss
         names = dict.fromkeys(name for offered in self.choices for name in offered)
-        main = self.model.spec.main
-        divergences: Terms = {}
-        for name in names:
-            pure = Placement(name if name in offered else main[layer] for layer, offered in enumerate(self.choices))
-            divergences[name] = self._judge(batch, pure, {"forward_kl": 1.0})[1]["forward_kl"]
-        return divergences
+        placements = {
+            name: Placement(name if name in offered else main[layer] for layer, offered in enumerate(self.choices))
+            for name in names
+        }
+        for name in self.stage.held_out_placements:
+            placements[name] = resolve_placement(name, self.presets, self.choices)
+        return {name: self._judge(batch, placement, {loss: 1.0})[1][loss] for name, placement in placements.items()}
 
     def _learns(self, placement: Placement) -> bool:
         """Whether any parameter that runs under `placement` learns."""
         mixers = (block.mixer_named(name) for block, name in zip(self.model.model.blocks, placement, strict=True))
         own = any(parameter.requires_grad for mixer in mixers for parameter in mixer.parameters())
-        # With a teacher of its own, nothing outside the mixers learns: it belongs to the main placement.
-        return own or (not self.own_teacher and any(parameter.requires_grad for parameter in _shared(self.model)))
+        return own or self._shared_learn
+
+    @cached_property
+    def _shared_learn(self) -> bool:
+        """Whether any parameter outside the mixers learns: not where the main placement, which it is of, teaches."""
+        return any(parameter.requires_grad for parameter in _shared(self.model))
 
     def _judge(
         self, batch: Batch, placement: Placement, weights: Mapping[str, float]
@@ -95,11 +108,12 @@ class StochasticRun(StageRun):
         body = self.model.model
         activation = weights.get("activation", 0.0)
         recompute = self.stage.recompute and torch.is_grad_enabled()
-        taught = self._teach(batch)
+        divergence = any(weight > 0 for name, weight in weights.items() if name != "cross_entropy")
+        taught = self._teach(batch) if divergence else None
         errors: list[Tensor] = []
 
         def compare(layer: int, output: Tensor) -> None:
-            if activation > 0:
+            if activation > 0 and taught is not None:
                 errors.append(activation_error(batch.by_row(output), batch.by_row(taught.outputs[layer])))
 
         with self.precision():
@@ -112,16 +126,17 @@ class StochasticRun(StageRun):
             else:
                 hidden = self._run_layers(self.model, hidden, context, placement, compare, recompute)
             loss, terms = head_losses(
-                body.norm(hidden),
-                taught.final,
-                next_tokens(batch.inputs, context.cu_seqlens),
+                _targeted(body.norm(hidden), batch),
+                None if taught is None else _targeted(taught.final, batch),
+                _targeted(next_tokens(batch.inputs, context.cu_seqlens), batch),
                 self.model.lm_head.weight,
-                self.teacher.lm_head.weight,
+                None if taught is None else self.teacher.lm_head.weight,
                 weights,
                 self.stage.temperature,
                 self.loss_chunk,
                 (self.model.spec.logit_softcap, self.teacher.spec.logit_softcap),
                 self.steps.compiled,
+                ragged=batch.counted is not None,
             )
         if activation > 0:
             error = torch.stack(errors).mean()
@@ -135,7 +150,7 @@ class StochasticRun(StageRun):
         outputs: list[Tensor] = []
 
         def keep(layer: int, output: Tensor) -> None:
-            if self.stage.losses.activation > 0:
+            if self.stage.compares_layers:
                 outputs.append(output)
 
         with self.precision():
@@ -148,6 +163,8 @@ class StochasticRun(StageRun):
         """The layers as CUDA graphs, where only mixers learn and no two layers share theirs."""
         keys = self.model.spec.decoder.weight_keys
         if not (self.graphs and self.own_teacher and torch.is_grad_enabled()) or len(set(keys)) < len(keys):
+            return None
+        if self._shared_learn:
             return None
         if self._layers is None:
             self._layers = GraphedLayers(self.model, self.steps, self.precision, hidden)
@@ -185,9 +202,9 @@ class StochasticRun(StageRun):
         return hidden
 
     def describe(self, values: Mapping[Any, float]) -> dict[str, Any]:
-        """`loss`: the weighted sum; `terms`: each loss. Of a measurement: mixer -> forward KL of its pure placement."""
+        """`loss`: the weighted sum; `terms`: each loss. Of a measurement: placement -> its loss."""
         if "loss" not in values:
-            return {"forward_kl": dict(values)}
+            return {self.stage.held_out_loss: dict(values)}
         return {"loss": values["loss"], "terms": {name: value for name, value in values.items() if name != "loss"}}
 
     def describe_step(self, step: int) -> dict[str, Any]:
@@ -195,6 +212,13 @@ class StochasticRun(StageRun):
 
     def clip_groups(self) -> Iterator[list[nn.Parameter]]:
         return iter([list(self.model.parameters())])
+
+
+def _targeted(values: Tensor, batch: Batch) -> Tensor:
+    """Of `values` [batch, tokens, ...], those at positions whose next token counts, [1, positions, ...]; or all."""
+    if batch.targeted is None:
+        return values
+    return values.flatten(0, 1).index_select(0, batch.targeted.to(values.device, non_blocking=True))[None]
 
 
 def _shared(model: GearshiftForCausalLM) -> Iterator[nn.Parameter]:
