@@ -22,8 +22,8 @@ from rich.table import Table
 from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec
 from gearshift.data import TokenSequences
 from gearshift.train import DistillationSettings, Distiller, ParallelSettings, StepRecord
+from gearshift.train.engine import Precision
 from gearshift.train.parallel import parallelise, process_group
-from gearshift.train.stage import Precision
 
 SKIPPED = 3
 

@@ -15,11 +15,16 @@ MIXERS: dict[str, dict[str, Any]] = {
 }
 
 
-def supernet_spec(layers: int = 4, mixers: dict[str, dict[str, Any]] | None = None, **model: Any) -> ModelSpec:
+def supernet_spec(
+    layers: int = 4,
+    mixers: dict[str, dict[str, Any]] | None = None,
+    mlp: dict[str, Any] | None = None,
+    **model: Any,
+) -> ModelSpec:
     """A supernet with the same mixers in every layer."""
     block = {
         "mixer": {"type": "stochastic", "main": "attention", "mixers": mixers or MIXERS},
-        "mlp": {"type": "gated", "intermediate_size": 40},
+        "mlp": mlp or {"type": "gated", "intermediate_size": 40},
     }
     decoder = {"num_layers": layers, "pattern": ["block"], "blocks": {"block": block}}
     return ModelSpec.model_validate(

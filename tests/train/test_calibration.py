@@ -4,9 +4,9 @@ import torch
 from gearshift import GearshiftForCausalLM
 from gearshift.data import Batch
 from gearshift.train.calibration import calibrate
+from gearshift.train.engine import Engine, Precision
 from gearshift.train.layerwise import LayerwiseRun
 from gearshift.train.recipe import LayerwiseStage
-from gearshift.train.stage import Engine, Precision
 from gearshift.train.steps import BlockSteps
 from tests.models import supernet, tokens
 

@@ -54,10 +54,10 @@ def test_the_stochastic_loss_is_that_of_the_documents_apart(separate: bool) -> N
     together = gradients(model)
     apart = {name: torch.zeros(()) for name in ("forward_kl", "reverse_kl", "cross_entropy")}
     summed: dict[str, torch.Tensor] = {}
-    labelled = sum(end - begin - 1 for begin, end in BOUNDS)
+    followed = 2 * 19  # a document's last token has nothing to predict, but counts, so that parts of a batch add up
     for begin, end in BOUNDS:
         document = Batch(ids.view(1, -1)[:, begin:end])
-        share = dict.fromkeys(apart, (end - begin) / 40) | {"cross_entropy": (end - begin - 1) / labelled}
+        share = dict.fromkeys(apart, (end - begin) / 40) | {"cross_entropy": (end - begin - 1) / followed}
         terms = run.learn(document, 0, 1.0)
         gradients(model)
         for name in apart:
@@ -160,3 +160,16 @@ def test_batches_for_cuda_wait_in_pinned_memory_and_give_the_same_loss() -> None
         assert distiller._batch(0, 0, 4).tokens.is_pinned() == (device == "cuda")
         losses.append([record.loss for record in distiller.run() if isinstance(record, StepRecord)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_step_is_the_same_in_parts() -> None:
+    """Although the parts hold different numbers of documents, and so of tokens with a next one."""
+    ids = tokens(4, 20)
+    starts = torch.zeros(ids.shape, dtype=torch.bool)
+    starts[0, ::2] = True
+    losses = []
+    for parts in (1, 2, 4):
+        settings = DistillationSettings(stages=(stochastic(),), batch_size=4, gradient_accumulation=parts)
+        distiller = Distiller(supernet(layers=3), TokenSequences(ids, starts), settings)
+        losses += [record.terms["cross_entropy"] for record in distiller.run() if isinstance(record, StepRecord)]
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)

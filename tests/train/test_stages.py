@@ -20,6 +20,7 @@ from gearshift.train import (
     distil,
     step_progress,
 )
+from gearshift.train.layerwise import LayerwiseRun
 from tests.models import ATTENTION, supernet, tokens
 
 ALL_LOSSES = LossWeights(forward_kl=1, reverse_kl=0.5, cross_entropy=0.1, activation=0.2)
@@ -37,9 +38,9 @@ def settings(*stages, **more) -> DistillationSettings:
     return DistillationSettings(stages=stages, **{"batch_size": 4, **more})
 
 
-def train(model: GearshiftForCausalLM, *stages, **more) -> list[Record]:
+def train(model: GearshiftForCausalLM, *stages, teacher: GearshiftForCausalLM | None = None, **more) -> list[Record]:
     records: list[Record] = []
-    distil(model, sequences(), settings(*stages, **more), records.append)
+    distil(model, sequences(), settings(*stages, **more), records.append, teacher=teacher)
     return records
 
 
@@ -261,3 +262,42 @@ def test_stages_go_on_through_the_text_in_one_order() -> None:
     batches = [distiller._batch(0, step, 2) for step in range(3)] + [distiller._batch(1, step, 5) for step in (0, 1)]
     drawn = torch.cat([batch.tokens for batch in batches])
     assert torch.equal(drawn, sequences(16).draw(range(16)).tokens)
+
+
+def test_a_stage_that_keeps_its_gradients_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with CUDA graphs: what the next stage does not sample must not move or gain moments because of them."""
+    stages = (LayerwiseStage(steps=1), StochasticStage(steps=1, sampling=only("gdn,kda,window,attention")))
+    ends = []
+    for keeps in (False, True):
+        monkeypatch.setattr(LayerwiseRun, "keeps_gradients", property(lambda run, kept=keeps: kept))
+        distiller = Distiller(supernet(), sequences(), settings(*stages))
+        for record in distiller.run():
+            if isinstance(record, StepRecord) and record.stage == 1:
+                ends.append((snapshot(distiller), len(distiller.optimiser.state)))
+    assert ends[0][1] == ends[1][1]
+    assert all(
+        torch.equal(a, b) for name in ends[0][0] for a, b in zip(ends[0][0][name], ends[1][0][name], strict=True)
+    )
+
+
+def test_a_separate_teacher_drops_nothing() -> None:
+    """However it comes: a model that was just made is in training mode."""
+    dropping = {"attention": {**ATTENTION, "dropout": 0.5}}
+    taught = []
+    for seed in (0, 1):
+        teacher = supernet(mixers=dropping, layers=2).train()
+        torch.manual_seed(seed)
+        model = supernet(layers=2)
+        taught.append(train(model, StochasticStage(steps=1), teacher=teacher)[0].loss)
+        assert teacher.training
+    assert taught[0] == taught[1]
+
+
+@pytest.mark.parametrize("method", ["scale", "ridge"])
+def test_a_calibration_on_lost_numbers_says_so(method: str) -> None:
+    model = supernet(layers=2)
+    with torch.no_grad():
+        model.model.blocks[1].mixer_named("gdn").q_proj.weight[0, 0] = float("nan")
+    stage = LayerwiseStage(steps=1, calibration=method, calibration_sequences=1, gradient_accumulation=2)
+    with pytest.raises(TrainingDivergedError, match=r"calibration found numbers that are not finite .*gdn\.q_proj"):
+        train(model, stage)

@@ -149,6 +149,8 @@ class Mixer(nn.Module, ABC):
 
     o_proj: nn.Linear
     """The last projection, [features] -> [hidden]. What calibration fits."""
+    recordable: bool = True
+    """Whether it launches the same kernels for all inputs of a shape and reads nothing back: CUDA graphs need that."""
     sharding: ClassVar[Mapping[str, Sharding]] = {}
     """How tensor parallelism splits a parameter: name -> column (its outputs), row (its inputs) or replicated."""
 
@@ -179,6 +181,10 @@ class Mixer(nn.Module, ABC):
     def forward(self, hidden: Tensor, context: MixContext, state: MixerState | None = None) -> Tensor:
         """hidden [batch, tokens, hidden] -> [batch, tokens, hidden]."""
         return self.output(self.core(self.project(hidden, context), context, state))
+
+    def supports_attention(self, function: str) -> bool:
+        """Whether the mixer can learn on this attention function of transformers. True if it uses none."""
+        return True
 
     @classmethod
     def check_device(cls, device: torch.device, learning: bool) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from gearshift.data import Batch
 from gearshift.mixers.base import MixContext, Mixer
 from gearshift.model import GearshiftForCausalLM
+from gearshift.train.engine import Precision
 from gearshift.train.parallel import ALONE, Parallel
-from gearshift.train.stage import LayerErrors, Precision
+from gearshift.train.stage import LayerErrors
 
 
 class Fit:
@@ -50,6 +51,11 @@ class Fit:
         """Count in what the other processes have seen."""
         self.gram, self.cross, self.power = map(parallel.total, (self.gram, self.cross, self.power))
         self.sequences *= parallel.data_ranks
+
+    def check(self) -> None:
+        """LinAlgError if what was counted in is not finite."""
+        if not torch.stack([self.gram.sum(), self.cross.sum(), self.power, self.weight.sum()]).isfinite().all():
+            raise torch.linalg.LinAlgError("features, targets or weights are not finite")
 
     def error(self, weight: Tensor) -> Tensor:
         """The normalised activation error of a projection with `weight` [outputs, inputs], float64."""
@@ -165,6 +171,7 @@ def _features(mixer: Mixer, hidden: Tensor, context: MixContext) -> Tensor:
 def _apply(fit: Fit, weight: nn.Parameter, method: str, ridge: float, parallel: Parallel) -> dict[str, float]:
     """Give a projection its fitted weight. Returns the error as it was, with the best factor, and as it is now."""
     fit.add_others(parallel)
+    fit.check()
     scaled = fit.scaled()
     chosen = fit.ridge(ridge) if method == "ridge" else scaled
     parallel.assign(weight, chosen)

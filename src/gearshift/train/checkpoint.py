@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class Checkpoints:
         self.background = background
         self._pending: tuple[Distiller, Path, Path, Future[Any]] | None = None
         self._group: dist.ProcessGroup | None = None
+        self._moving = Lock()
 
     def latest(self) -> Path | None:
         """The last checkpoint, None if there is none."""
@@ -63,6 +65,12 @@ class Checkpoints:
             self._group = dist.new_group(backend="gloo")
         pending = dcp.async_save(state, checkpoint_id=fresh, process_group=self._group, no_dist=alone)
         assert isinstance(pending, Future)
+
+        def finish(done: Future[Any]) -> None:
+            if done.exception() is None:
+                self._finish(distiller, fresh, target)
+
+        pending.add_done_callback(finish)
         self._pending = (distiller, fresh, target, pending)
 
     def wait(self) -> None:
@@ -105,15 +113,16 @@ class Checkpoints:
         return True
 
     def _finish(self, distiller: Distiller, fresh: Path, target: Path) -> None:
-        """Put a checkpoint that is written into its place, and remove those before it."""
-        if not distiller.parallel.is_first:
-            return
-        if target.exists():
-            shutil.rmtree(target)
-        fresh.rename(target)
-        for path in self.folder.iterdir():
-            if path != target:
-                shutil.rmtree(path)
+        """Put a checkpoint that is written into its place, unless that was done, and remove those before it."""
+        with self._moving:
+            if not distiller.parallel.is_first or not fresh.exists():
+                return
+            if target.exists():
+                shutil.rmtree(target)
+            fresh.rename(target)
+            for path in self.folder.iterdir():
+                if path != target:
+                    shutil.rmtree(path)
 
 
 def learnt(path: Path) -> set[str]:

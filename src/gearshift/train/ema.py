@@ -5,8 +5,7 @@ the steps that moved it: the average of a mixer that is not sampled stays as it 
 mixer's latest values, and costs such a step nothing.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -50,14 +49,3 @@ class Average:
         """Give every parameter that has moved its average."""
         for name, average in self.averages.items():
             self.parameters[name].copy_(average)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that it holds: `averages` (name -> tensor) and `moves` (name -> how often it moved)."""
-        return {"averages": self.averages, "moves": self.moves}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become what `state_dict` said. KeyError for a parameter that is not averaged here."""
-        self.moves = dict(state["moves"])
-        self.averages = {
-            name: average.to(self.parameters[name].device, copy=True) for name, average in state["averages"].items()
-        }

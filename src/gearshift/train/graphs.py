@@ -6,7 +6,7 @@ of each layer (`GraphedLayers`).
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Generic, TypeVar
@@ -18,7 +18,7 @@ from gearshift.data import Batch
 from gearshift.mixers.base import MixContext
 from gearshift.model import GearshiftForCausalLM
 from gearshift.spec import Placement
-from gearshift.train.stage import Precision
+from gearshift.train.engine import Precision
 from gearshift.train.steps import BlockSteps
 
 T = TypeVar("T")
@@ -100,9 +100,13 @@ class GraphedLayers:
     def run(self, hidden: Tensor, placement: Placement) -> Tensor:
         """[batch, tokens, hidden] before the first layer -> after the last one. Only mixers get gradients."""
         self._hidden[0].copy_(hidden)
-        # Autograd follows tensors that need gradients: what the first layer reads has to pretend.
-        hidden = self._hidden[0].detach().requires_grad_()
-        for layer, name in enumerate(placement):
+        layers = list(enumerate(placement))
+        first = next((layer for layer, name in layers if self._learning(layer, name)), len(layers))
+        for layer, name in layers[:first]:
+            self.forward(layer, name)
+        # Autograd follows tensors that need gradients: what the first layer that learns reads has to pretend.
+        hidden = self._hidden[first].detach().requires_grad_()
+        for layer, name in layers[first:]:
             hidden = _Layer.apply(hidden, self, layer, name)
         return hidden
 
@@ -119,16 +123,22 @@ class GraphedLayers:
         incoming, outgoing = self._upstream[(layer + 1) % 2], self._upstream[layer % 2]
         if upstream.data_ptr() != incoming.data_ptr():
             incoming.copy_(upstream)
-        if any(parameter.grad is None for parameter in recorded.parameters):
+        pairs = list(zip(recorded.parameters, recorded.gradients, strict=True))
+        if any(parameter.grad is not gradient for parameter, gradient in pairs):
             torch._foreach_zero_(recorded.gradients)
-            for parameter, gradient in zip(recorded.parameters, recorded.gradients, strict=True):
+            for parameter, gradient in pairs:
                 parameter.grad = gradient
         recorded.backward.replay()
         return outgoing
 
+    def _learning(self, layer: int, name: str) -> list[nn.Parameter]:
+        """The parameters that learn in a mixer of a layer."""
+        mixer = self.model.model.blocks[layer].mixer_named(name)
+        return [parameter for parameter in mixer.parameters() if parameter.requires_grad]
+
     def _record(self, layer: int, name: str) -> _Recorded:
         block = self.model.model.blocks[layer]
-        parameters = [p for p in block.mixer_named(name).parameters() if p.requires_grad]
+        parameters = self._learning(layer, name)
         sizes = [parameter.numel() for parameter in parameters]
         shares = self._gradients[layer][: sum(sizes)].split(sizes) if sizes else ()
         gradients = [share.view_as(parameter) for share, parameter in zip(shares, parameters, strict=True)]
@@ -136,7 +146,8 @@ class GraphedLayers:
         incoming, outgoing = self._upstream[(layer + 1) % 2], self._upstream[layer % 2]
 
         def run() -> Tensor:
-            with torch.enable_grad(), self.precision():
+            # Not cached: a replay has to convert the weights as they are then.
+            with torch.enable_grad(), self.precision(cached=False):
                 return self.steps.run(block, name, read, self._context)[1]
 
         with _side_stream():
@@ -190,8 +201,16 @@ def _side_stream() -> Iterator[None]:
     current.wait_stream(stream)
 
 
-def _recording(graph: torch.cuda.CUDAGraph, pool: Any = None) -> AbstractContextManager[Any]:
-    """Record what is launched within into `graph`, with its memory from `pool`. Nothing is computed."""
-    # Other threads, such as one that fetches data, may use CUDA meanwhile.
+@contextmanager
+def _recording(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+    """Record what is launched within into `graph`, with its memory from `pool`. Nothing is computed.
+
+    RuntimeError that says what to do if something within cannot be recorded.
+    """
     stream = _stream(torch.cuda.current_device())
-    return torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+    try:
+        # Other threads, such as one that fetches data, may use CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            yield
+    except RuntimeError as error:
+        raise RuntimeError(f"a step could not be recorded ({error}): set cuda_graphs to false") from error

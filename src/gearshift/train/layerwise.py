@@ -14,10 +14,11 @@ from gearshift.data import Batch
 from gearshift.mixers.base import Mixer
 from gearshift.model import GearshiftForCausalLM
 from gearshift.train.calibration import calibrate
+from gearshift.train.engine import Engine
 from gearshift.train.graphs import Graphed
 from gearshift.train.parallel import ALONE, Parallel
 from gearshift.train.recipe import LayerwiseStage
-from gearshift.train.stage import Engine, LayerErrors, StageRun, Terms
+from gearshift.train.stage import LayerErrors, StageRun, Terms
 
 
 class LayerwiseRun(StageRun):

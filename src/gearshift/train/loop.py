@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from gearshift.model import GearshiftForCausalLM
 from gearshift.plan.ahead import made_ahead
 from gearshift.spec import Placement
 from gearshift.train.ema import Average
+from gearshift.train.engine import Engine, make_engine
 from gearshift.train.guard import TrainingDivergedError, first_bad_tensor, guarded_step
 from gearshift.train.layerwise import LayerwiseRun
 from gearshift.train.metrics import CalibrationRecord, Callback, Record, StageEndRecord, StepRecord
@@ -23,8 +24,7 @@ from gearshift.train.noise import is_noisy, seeded, set_modes
 from gearshift.train.optim import clip, learning_rate_scales, make_optimiser, schedule, set_learning_rate
 from gearshift.train.parallel import ALONE, Parallel
 from gearshift.train.recipe import DistillationSettings, LayerwiseStage
-from gearshift.train.stage import Engine, Precision, StageRun
-from gearshift.train.steps import BlockSteps, CompiledSteps
+from gearshift.train.stage import StageRun
 from gearshift.train.stochastic import StochasticRun
 
 AHEAD = 3
@@ -87,8 +87,7 @@ class Distiller:
         self.average: Average | None = None
         self.device = model.lm_head.weight.device
         self.noisy = is_noisy(model)
-        self._attention = settings.attention or ("flex_attention" if self.device.type == "cuda" else None)
-        self.engine = _engine(settings, self.device, self.noisy, parallel is ALONE)
+        self.engine = make_engine(settings, {self.model, self.teacher}, self.device, parallel is ALONE)
         for module in model.modules():
             if isinstance(module, Mixer):
                 module.check_device(self.device, learning=True)
@@ -127,18 +126,20 @@ class Distiller:
     def _learning(self) -> Iterator[None]:
         """Let the parameters in `scales`, and no others, have gradients. Puts everything back at the end."""
         before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        training = self.model.training
+        modes = {model: model.training for model in (self.model, self.teacher)}
         functions = {model: model.config._attn_implementation for model in (self.model, self.teacher)}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.scales)
+        self.teacher.eval()
         set_modes(self.model)
         for model, function in functions.items():
-            model.set_attn_implementation(self._attention or function)
+            model.set_attn_implementation(self.engine.attention or function)
         try:
             with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
                 yield
         finally:
-            self.model.train(training)
+            for model, training in modes.items():
+                model.train(training)
             for model, function in functions.items():
                 model.set_attn_implementation(function)
             for parameter, required in before:
@@ -158,6 +159,7 @@ class Distiller:
             self.average.apply()
         held_out = self._measure(index, run)
         run.close()
+        self.model.zero_grad(set_to_none=True)  # a stage may leave its gradients where they are, at zero
         ended = self.global_step
         self.progress, self.optimiser, self.average = Progress(index + 1), None, None
         yield StageEndRecord(stage=index, type=stage.type, step=stage.steps, global_step=ended, held_out=held_out)
@@ -170,7 +172,8 @@ class Distiller:
         try:
             errors = run.calibrate(batch)
         except torch.linalg.LinAlgError:
-            parts, plain = self._parts(index, batch), self._stage_run(index, self.engine.plain)
+            size = len(batch) // self.settings.parts_of(index) or 1
+            parts, plain = self.parallel.deal(batch, size), self._stage_run(index, self.engine.plain)
             what = "the calibration found numbers that are not finite"
             raise self._diverged(what, lambda: [plain.measure(part) for part in parts]) from None
         set_modes(self.model)
@@ -190,7 +193,7 @@ class Distiller:
         described = run.describe_step(global_step)
         self.parallel.expect(self.model, self.teacher, described.get("placement"))
         parts = self._parts(index, batch.to(self.device))
-        with seeded(self.device, settings.seed, global_step) if self.noisy else nullcontext():
+        with self._seeded(global_step):
             terms = self._average(batch, parts, lambda part, share: run.learn(part, global_step, share))
         self.parallel.finish(self.model)
         norm = clip(run.clip_groups(), settings.optimiser.clip_norm, self.parallel)
@@ -219,6 +222,10 @@ class Distiller:
             **described,
         )
 
+    def _seeded(self, step: int) -> AbstractContextManager[None]:
+        """Within, what is random depends on the step, counted over all stages, and this process's slice alone."""
+        return seeded(self.device, self.settings.seed, step, self.parallel.data_rank) if self.noisy else nullcontext()
+
     def _check(self, value: float, what: str, batch: Batch, parts: Sequence[Batch]) -> None:
         """TrainingDivergedError if a number of the present step is not finite."""
         if math.isfinite(value):
@@ -227,7 +234,7 @@ class Distiller:
         plain = self._stage_run(self.progress.stage, self.engine.plain)
 
         def learn_again() -> None:
-            with seeded(self.device, self.settings.seed, step) if self.noisy else nullcontext():
+            with self._seeded(step):
                 self._average(batch, parts, lambda part, share: plain.learn(part, step, share))
 
         raise self._diverged(f"the {what} became {value}", learn_again, plain.describe_step(step).get("placement"))
@@ -342,21 +349,6 @@ def distil(
     finally:
         for callback in callbacks:
             callback.close()
-
-
-def _engine(settings: DistillationSettings, device: torch.device, noisy: bool, alone: bool) -> Engine:
-    """ValueError for what cannot be compiled or recorded."""
-    able = device.type == "cuda" and alone
-    compiled = able if settings.compile is None else settings.compile
-    graphs = (able and not noisy) if settings.cuda_graphs is None else settings.cuda_graphs
-    for asked, name in ((compiled, "compile"), (graphs, "cuda_graphs")):
-        if asked and not alone:
-            raise ValueError(f"{name}: true works on one process, and these are several: leave it out")
-    if graphs and device.type != "cuda":
-        raise ValueError(f"cuda_graphs: true needs a CUDA device, not {device}: leave it out")
-    if graphs and noisy:
-        raise ValueError("cuda_graphs: true cannot repeat the dropout of adapters: leave it out")
-    return Engine(Precision(settings.autocast, device), CompiledSteps() if compiled else BlockSteps(), graphs)
 
 
 def _read(terms: Mapping[Any, Tensor]) -> dict[Any, float]:

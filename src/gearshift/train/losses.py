@@ -45,6 +45,7 @@ def head_losses(
     softcaps: tuple[float | None, float | None] = (None, None),
     compiled: bool = False,
     ragged: bool = False,
+    followed: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the losses on next-token distributions, and each of them, in nats a token.
 
@@ -65,6 +66,8 @@ def head_losses(
         compiled: whether to compile what is done with a chunk, so that its logits are read fewer times.
         ragged: whether there is another number of positions each time, all of them labelled. Nothing that depends on
             the number is then compiled, for that would be done anew at every step.
+        followed: what the cross-entropy is divided by where it is not `ragged`, so that a batch of packed documents
+            gives the same however it is cut: its positions but the last of each sequence. None: those with a label.
     """
     names = [name for name in HEAD_TERMS if weights.get(name, 0.0) > 0]
     if not names:
@@ -81,6 +84,7 @@ def head_losses(
         softcaps,
         compiled,
         ragged,
+        followed,
     )
     return loss, dict(zip(names, terms.unbind(), strict=True))
 
@@ -106,6 +110,7 @@ class _HeadLosses(torch.autograd.Function):
         softcaps: tuple[float | None, float | None],
         compiled: bool,
         ragged: bool,
+        followed: int | None,
     ) -> tuple[Tensor, Tensor]:
         of_hidden, of_head = ctx.needs_input_grad[:2]
         hidden_gradient = torch.empty_like(student) if of_hidden else None
@@ -113,7 +118,7 @@ class _HeadLosses(torch.autograd.Function):
         student_head = _autocast(student_head)
         teacher_head = None if teacher_head is None else _autocast(teacher_head)
         totals = torch.zeros(len(weights), device=student.device)
-        labelled = (labels != IGNORED).sum().clamp_min(1)
+        labelled = (labels != IGNORED).sum().clamp_min(1) if ragged or followed is None else max(1, followed)
         by_label = {"cross_entropy"} if not ragged else weights.keys()
         per_position = {name: 1 / labelled if name in by_label else 1 / len(student) for name in weights}
         scaled = {name: weight * per_position[name] for name, weight in weights.items()}
@@ -139,7 +144,7 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients = (None if made is None else made * upstream[0].to(made.dtype) for made in ctx.saved_tensors)
-        return (*gradients, *[None] * 9)
+        return (*gradients, *[None] * 10)
 
 
 def _autocast(head: Tensor) -> Tensor:

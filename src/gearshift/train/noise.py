@@ -26,9 +26,9 @@ def set_modes(model: nn.Module) -> None:
 
 
 @contextmanager
-def seeded(device: torch.device, seed: int, step: int) -> Iterator[None]:
-    """Within, dropout depends on (seed, step) alone. The generators are as before afterwards."""
+def seeded(device: torch.device, seed: int, step: int, slice_: int = 0) -> Iterator[None]:
+    """Within, dropout depends on (seed, step, slice of the batch) alone. The generators are as before afterwards."""
     key = np.array([seed, step], dtype=np.uint64)
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        torch.manual_seed(int(np.random.Philox(key=key, counter=[0, 0, 0, _DOMAIN]).random_raw()))
+        torch.manual_seed(int(np.random.Philox(key=key, counter=[0, 0, slice_, _DOMAIN]).random_raw()))
         yield

@@ -227,10 +227,10 @@ class DistillationSettings(Spec):
     windows and documents where others pay for the whole square of a sequence; elsewhere the model's own."""
     compile: bool | None = None
     """Whether to compile what stands between the mixers' cores (torch.compile): a slow start, then faster steps.
-    Null: on CUDA."""
+    Null: on one CUDA device."""
     cuda_graphs: bool | None = None
-    """Whether to record what is the same at every step (a layerwise step; the teacher's forward) as a CUDA graph.
-    Null: on CUDA, unless adapters drop inputs at random."""
+    """Whether to record what is the same at every step as CUDA graphs: a layerwise step, the teacher's forward, and
+    each mixer of each layer of a student, which takes memory. Null: on one CUDA device, where the model allows it."""
     loss_chunk: int | None = Field(default=None, ge=1)
     """Positions whose logits are in memory at once; 256 on a CPU and 2048 elsewhere if left out."""
 

@@ -15,11 +15,12 @@ from gearshift.formats import FORMATS, NativeConfig
 from gearshift.formats.documents import read_json, write_json
 from gearshift.model import GearshiftForCausalLM
 from gearshift.train.checkpoint import Checkpoints, replacing
+from gearshift.train.engine import Precision
+from gearshift.train.guard import TrainingDivergedError
 from gearshift.train.loop import Distiller
 from gearshift.train.metrics import Callback, JsonLines, Record, StageEndRecord, StepRecord
 from gearshift.train.parallel import ALONE, Parallel, parallelise, process_group
 from gearshift.train.recipe import Recipe
-from gearshift.train.stage import Precision
 from gearshift.train.trackers import check_trackers, make_trackers
 
 MAY_CHANGE = {
@@ -80,7 +81,7 @@ def _train(recipe: Recipe, progress: Callable[[Record], None] | None, callbacks:
     if parallel.once(lambda: _is_finished(recipe, output, finished)):
         return TrainResult(finished, 0, recipe.total_steps, already_finished=True)
     check_trackers(recipe.trackers)
-    distiller, tokenizer, dtype, text = _prepare(recipe, device, parallel)
+    distiller, tokenizer, dtypes, text = _prepare(recipe, device, parallel)
     parallel.once(lambda: _claim(recipe, output, text))
     checkpoints = Checkpoints(output / "checkpoints", background=device.type == "cuda")
     resumed = checkpoints.restore(distiller)
@@ -99,14 +100,15 @@ def _train(recipe: Recipe, progress: Callable[[Record], None] | None, callbacks:
             if _is_due(record, recipe.checkpoint_every):
                 checkpoints.save(distiller)
         checkpoints.wait()
-    except KeyboardInterrupt:
-        if parallel is ALONE:  # of several, some may be gone by now, and with them their parts of it
+    except (KeyboardInterrupt, TrainingDivergedError) as error:
+        # Interrupted, some of several may be gone by now, and with them their parts of it.
+        if parallel is ALONE or isinstance(error, TrainingDivergedError):
             checkpoints.wait()
         raise
     finally:
         for taker in takers:
             taker.close()
-    weights = parallel.weights(distiller.model, dtype)
+    weights = parallel.weights(distiller.model, dtypes)
     parallel.once(lambda: _write(distiller.model, weights, tokenizer, finished))
     parallel.once(checkpoints.remove)
     return TrainResult(finished, recipe.total_steps - at, at if resumed else None)
@@ -124,11 +126,13 @@ def _is_finished(recipe: Recipe, output: Path, finished: Path) -> bool:
     return finished.exists()
 
 
-def _prepare(recipe: Recipe, device: torch.device, parallel: Parallel) -> tuple[Distiller, Any, torch.dtype, str]:
-    """The run before its first step, the tokenizer, the dtype that the weights came in, and a digest of the text."""
+def _prepare(
+    recipe: Recipe, device: torch.device, parallel: Parallel
+) -> tuple[Distiller, Any, dict[str, torch.dtype], str]:
+    """The run before its first step, the tokenizer, the dtypes that the tensors came in, and a digest of the text."""
     half = Precision(recipe.autocast, device).enabled
     model = _load(recipe.model)
-    dtype = model.dtype
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     parallel.place(model, device, half)
     teacher = None
     if recipe.teacher != "self":
@@ -142,7 +146,7 @@ def _prepare(recipe: Recipe, device: torch.device, parallel: Parallel) -> tuple[
     text, held_out = _divided(open_corpus(recipe.sources, *settings) if False in kinds else None, recipe.held_out)
     chats, held_out_chats = _divided(open_chats(recipe.chats, *settings) if True in kinds else None, recipe.held_out)
     distiller = Distiller(model, text, recipe, teacher, held_out, chats, held_out_chats, parallel)
-    return distiller, tokenizer, dtype, " ".join(corpus.digest() for corpus in (text, chats) if corpus is not None)
+    return distiller, tokenizer, dtypes, " ".join(corpus.digest() for corpus in (text, chats) if corpus is not None)
 
 
 def _divided(corpus: Corpus | None, held_out: int) -> tuple[Corpus | None, TokenSequences | None]:
@@ -173,7 +177,6 @@ def _write(model: GearshiftForCausalLM, weights: Mapping[str, Tensor], tokenizer
         whole = GearshiftForCausalLM(model.config)
     whole.load_state_dict(weights, assign=True)
     whole.tie_weights()
-    whole.to(next(iter(weights.values())).dtype)
     with replacing(target) as folder:
         whole.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -2,49 +2,18 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gearshift.data import Batch
 from gearshift.model import GearshiftForCausalLM
-from gearshift.train.steps import BlockSteps
+from gearshift.train.engine import Engine
 
 Terms = dict[Any, Tensor]
 """What a batch was judged by: key -> scalar, detached."""
 LayerErrors = dict[str, list[float | None]]
 """Mixer -> its normalised activation error in each layer, None where it was not judged."""
-
-
-class Precision:
-    """The precision of matrix products on a device. Each call opens a new context."""
-
-    def __init__(self, setting: Literal["auto", "none", "bfloat16"], device: torch.device):
-        self.device = device
-        self.enabled = setting == "bfloat16" or (setting == "auto" and device.type == "cuda")
-        if self.enabled and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-            raise ValueError(f"{torch.cuda.get_device_name(device)} cannot compute in bfloat16: set autocast to none")
-
-    def __call__(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.enabled else nullcontext()
-
-
-@dataclass(frozen=True)
-class Engine:
-    """How the stages compute. Whatever it says, the result is the same but for rounding."""
-
-    precision: Precision
-    steps: BlockSteps
-    graphs: bool = False
-    """Whether work that is the same at every step is recorded as a CUDA graph."""
-
-    @property
-    def plain(self) -> "Engine":
-        """The same with nothing compiled and nothing recorded."""
-        return replace(self, steps=BlockSteps(), graphs=False)
 
 
 class StageRun(ABC):

@@ -15,11 +15,12 @@ from gearshift.data import Batch
 from gearshift.mixers.base import MixContext
 from gearshift.model import GearshiftForCausalLM
 from gearshift.spec import Placement, resolve_placement
+from gearshift.train.engine import Engine
 from gearshift.train.graphs import Graphed, GraphedLayers
 from gearshift.train.losses import activation_error, head_losses, next_tokens
 from gearshift.train.noise import is_noisy
 from gearshift.train.recipe import SampledStage
-from gearshift.train.stage import Engine, StageRun, Terms
+from gearshift.train.stage import StageRun, Terms
 
 Visit = Callable[[int, Tensor], None]
 """Called with a layer's number and its mixer's output."""
@@ -67,7 +68,8 @@ class StochasticRun(StageRun):
         placement = self.placement(step)
         if not self._learns(placement):
             return None
-        loss, terms = self._judge(batch, placement, self.stage.losses.model_dump())
+        weights = self.stage.losses.model_dump()
+        loss, terms = self._judge(batch, placement, weights, self._teach(batch) if _compares(weights) else None)
         (loss * share).backward()
         return {"loss": loss.detach(), **terms}
 
@@ -88,7 +90,9 @@ class StochasticRun(StageRun):
         }
         for name in self.stage.held_out_placements:
             placements[name] = resolve_placement(name, self.presets, self.choices)
-        return {name: self._judge(batch, placement, {loss: 1.0})[1][loss] for name, placement in placements.items()}
+        taught = self._teach(batch) if _compares({loss: 1.0}) else None
+        judged = {name: self._judge(batch, placement, {loss: 1.0}, taught) for name, placement in placements.items()}
+        return {name: terms[loss] for name, (_, terms) in judged.items()}
 
     def _learns(self, placement: Placement) -> bool:
         """Whether any parameter that runs under `placement` learns."""
@@ -102,14 +106,12 @@ class StochasticRun(StageRun):
         return any(parameter.requires_grad for parameter in _shared(self.model))
 
     def _judge(
-        self, batch: Batch, placement: Placement, weights: Mapping[str, float]
+        self, batch: Batch, placement: Placement, weights: Mapping[str, float], taught: Taught | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of `placement` on `batch`, and its terms."""
         body = self.model.model
         activation = weights.get("activation", 0.0)
         recompute = self.stage.recompute and torch.is_grad_enabled()
-        divergence = any(weight > 0 for name, weight in weights.items() if name != "cross_entropy")
-        taught = self._teach(batch) if divergence else None
         errors: list[Tensor] = []
 
         def compare(layer: int, output: Tensor) -> None:
@@ -137,6 +139,7 @@ class StochasticRun(StageRun):
                 (self.model.spec.logit_softcap, self.teacher.spec.logit_softcap),
                 self.steps.compiled,
                 ragged=batch.counted is not None,
+                followed=len(batch) * (batch.tokens.shape[1] - 1),
             )
         if activation > 0:
             error = torch.stack(errors).mean()
@@ -219,6 +222,11 @@ def _targeted(values: Tensor, batch: Batch) -> Tensor:
     if batch.targeted is None:
         return values
     return values.flatten(0, 1).index_select(0, batch.targeted.to(values.device, non_blocking=True))[None]
+
+
+def _compares(weights: Mapping[str, float]) -> bool:
+    """Whether any of the losses that `weights` weighs needs a teacher."""
+    return any(weight > 0 for name, weight in weights.items() if name != "cross_entropy")
 
 
 def _shared(model: GearshiftForCausalLM) -> Iterator[nn.Parameter]:

@@ -48,12 +48,16 @@ class Attention(Mixer):
             self.q_norm = norm(spec.qk_norm, spec.head_dim * (spec.heads if across else 1))
             self.k_norm = norm(spec.qk_norm, spec.head_dim * (spec.kv_heads if across else 1))
         self.rotary = None if spec.rotary is None else Rotary(spec.rotary, spec.head_dim)
+        self.recordable = self.rotary is None or not self.rotary.reads_positions
         # Transformers' attention functions read these from the module they are given.
         self.is_causal = spec.causal
         self.num_key_value_groups = spec.heads // spec.kv_heads
         self.config = SimpleNamespace(_attn_implementation=None)
         # The attention functions apply its rate; it stands here so that training sees that something is random.
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
+
+    def supports_attention(self, function: str) -> bool:
+        return function != "flex_attention" or (self.spec.dropout == 0 and self.spec.head_dim >= 16)
 
     def prepare(self, context: MixContext, dtype: torch.dtype) -> None:
         if self.rotary is not None:

@@ -8,11 +8,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from gearshift.mixers.attention import RotarySpec
 from gearshift.mixers.base import MixContext
 
+BY_LENGTH = ("dynamic", "longrope")
+"""Types whose frequencies depend on the longest position of the batch, which has to be read back from a GPU."""
+
 
 def frequencies(spec: RotarySpec, head_dim: int, max_positions: int, positions: Tensor) -> tuple[Tensor, float]:
     """Inverse frequencies [rotated channels / 2] in float32, and the factor on the tables.
 
-    The types `dynamic` and `longrope` depend on the longest position of the batch.
+    Those of the types in `BY_LENGTH` depend on the longest position of the batch.
     """
     if spec.type == "default":
         rotated = int(head_dim * spec.share)
@@ -33,7 +36,7 @@ def frequencies(spec: RotarySpec, head_dim: int, max_positions: int, positions: 
             **parameters,
         },
     )
-    length = int(positions.max()) + 1 if spec.type in ("dynamic", "longrope") else None
+    length = int(positions.max()) + 1 if spec.type in BY_LENGTH else None
     return ROPE_INIT_FUNCTIONS[spec.type](config, positions.device, seq_len=length)
 
 
@@ -43,6 +46,7 @@ class Rotary:
     def __init__(self, spec: RotarySpec, channels: int):
         self.spec = spec
         self.channels = channels
+        self.reads_positions = spec.type in BY_LENGTH
         self.key = repr((spec, channels))  # plain text, for compiled code cannot hash a spec
 
     @torch.no_grad()

@@ -60,10 +60,15 @@ class MultiHeadLatentAttention(Mixer):
         self.kv_up_proj = nn.Linear(spec.kv_lora_rank, keys_values, bias=False)
         self.o_proj = nn.Linear(spec.heads * spec.v_head_dim, hidden_size, bias=spec.bias)
         self.rotary = None if spec.rotary is None else Rotary(spec.rotary, spec.qk_rope_head_dim)
+        self.recordable = self.rotary is None or not self.rotary.reads_positions
         # Transformers' attention functions read it from the module they are given, like the class attributes above.
         self.config = SimpleNamespace(_attn_implementation=None)
         # The attention functions apply its rate; it stands here so that training sees that something is random.
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
+
+    def supports_attention(self, function: str) -> bool:
+        narrowest = min(self.spec.qk_nope_head_dim + self.spec.qk_rope_head_dim, self.spec.v_head_dim)
+        return function != "flex_attention" or (self.spec.dropout == 0 and narrowest >= 16)
 
     def prepare(self, context: MixContext, dtype: torch.dtype) -> None:
         if self.rotary is not None:

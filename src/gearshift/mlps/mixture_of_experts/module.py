@@ -82,6 +82,9 @@ class Experts(nn.Module):
 class MixtureOfExperts(nn.Module):
     """The weighted sum of each token's experts, and the shared MLP, [..., hidden] -> [..., hidden]."""
 
+    recordable = False
+    """See `Mixer`: how many tokens an expert gets is read back."""
+
     def __init__(self, spec: MixtureOfExpertsSpec, hidden_size: int):
         super().__init__()
         self.router = Router(spec, hidden_size)

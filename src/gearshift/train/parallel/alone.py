@@ -1,6 +1,6 @@
 """What training asks of the processes that share its work, and the answers of one that is alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -22,6 +22,8 @@ class Parallel:
     """Whether this process writes what the run says of itself."""
     data_ranks: int = 1
     """Into how many slices a batch is cut."""
+    data_rank: int = 0
+    """Which of them is this process's."""
 
     def place(self, model: GearshiftForCausalLM, device: torch.device, half: bool) -> None:
         """Bring `model` to `device` in float32. `half`: whether its matrix products will run in bfloat16."""
@@ -74,13 +76,13 @@ class Parallel:
         """All of a parameter, or of a tensor that lies on the processes as it does."""
         return tensor
 
-    def weights(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-        """All of the weights of `model` in `dtype` on the CPU, by their names in a checkpoint, on the first process."""
+    def weights(self, model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+        """All weights of `model` in `dtypes` on the CPU, by their names in a checkpoint, on the first process."""
         kept = {}
         for name, tensor in model.state_dict().items():
             whole = self.whole(tensor)
             if self.is_first:
-                kept[name] = whole.to("cpu", dtype)
+                kept[name] = whole.to("cpu", dtypes[name])
         return kept
 
     def assign(self, parameter: nn.Parameter, whole: Tensor) -> None:

@@ -34,6 +34,7 @@ class ManyProcesses(Parallel):
         self.mesh = _mesh(settings, device, dist.get_world_size())
         self.tensor: DeviceMesh = self.mesh["tensor"]
         self.data_ranks = self.mesh.size() // self.tensor.size()
+        self.data_rank = dist.get_rank() // self.tensor.size()
         self._units: list[FSDPModule] = []
 
     def place(self, model: GearshiftForCausalLM, device: torch.device, half: bool) -> None:
@@ -76,7 +77,7 @@ class ManyProcesses(Parallel):
 
     def slice(self, batch: Batch) -> Batch:
         assert len(batch) % self.data_ranks == 0, "an even batch was checked for"
-        return batch.split(len(batch) // self.data_ranks)[dist.get_rank() // self.tensor.size()]
+        return batch.split(len(batch) // self.data_ranks)[self.data_rank]
 
     def deal(self, batch: Batch, size: int) -> Sequence[Batch]:
         mine = batch if len(batch) % self.data_ranks else self.slice(batch)

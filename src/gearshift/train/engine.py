@@ -1,0 +1,95 @@
+"""How the stages compute: in what precision, compiled or not, recorded or not."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from gearshift.mixers.base import Mixer
+from gearshift.train.recipe import DistillationSettings
+from gearshift.train.steps import BlockSteps, CompiledSteps
+
+FLEX = "flex_attention"
+
+
+class Precision:
+    """The precision of matrix products on a device. Each call opens a new context."""
+
+    def __init__(self, setting: Literal["auto", "none", "bfloat16"], device: torch.device):
+        self.device = device
+        self.enabled = setting == "bfloat16" or (setting == "auto" and device.type == "cuda")
+        if self.enabled and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise ValueError(f"{torch.cuda.get_device_name(device)} cannot compute in bfloat16: set autocast to none")
+
+    def __call__(self, cached: bool = True) -> AbstractContextManager[Any]:
+        """`cached`: whether a weight that is converted twice in a row is converted once."""
+        if not self.enabled:
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=cached)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the stages compute. Whatever it says, the result is the same but for rounding."""
+
+    precision: Precision
+    steps: BlockSteps
+    graphs: bool = False
+    """Whether work that is the same at every step is recorded as a CUDA graph."""
+    attention: str | None = None
+    """The attention function to train on; None: each model's own."""
+
+    @property
+    def plain(self) -> "Engine":
+        """The same with nothing compiled and nothing recorded."""
+        return replace(self, steps=BlockSteps(), graphs=False)
+
+
+def make_engine(settings: DistillationSettings, models: set[nn.Module], device: torch.device, alone: bool) -> Engine:
+    """What `settings` ask for, or else the fastest that `models` allow on `device`. `alone`: on one process.
+
+    ValueError for what was asked for and cannot be.
+    """
+    able = device.type == "cuda" and alone
+    obstacle = _obstacle(models)
+    compiled = (able and obstacle is None) if settings.compile is None else settings.compile
+    graphs = (able and obstacle is None) if settings.cuda_graphs is None else settings.cuda_graphs
+    for asked, name in ((compiled, "compile"), (graphs, "cuda_graphs")):
+        if asked and not alone:
+            raise ValueError(f"{name}: true works on one process, and these are several: leave it out")
+    if graphs and device.type != "cuda":
+        raise ValueError(f"cuda_graphs: true needs a CUDA device, not {device}: leave it out")
+    if graphs and obstacle is not None:
+        raise ValueError(f"cuda_graphs: true, but {obstacle}: leave it out")
+    steps = CompiledSteps() if compiled else BlockSteps()
+    return Engine(Precision(settings.autocast, device), steps, graphs, _attention(settings, models, device))
+
+
+def _attention(settings: DistillationSettings, models: set[nn.Module], device: torch.device) -> str | None:
+    unable = [mixer for model in models for mixer in _mixers(model) if not mixer.supports_attention(FLEX)]
+    if settings.attention == FLEX and unable:
+        raise ValueError(
+            f"attention: {FLEX} cannot run {unable[0].spec.type} with these settings (dropout, or heads narrower than"
+            " 16 channels): leave it out"
+        )
+    if settings.attention is None and device.type == "cuda" and not unable:
+        return FLEX
+    return settings.attention
+
+
+def _obstacle(models: set[nn.Module]) -> str | None:
+    """What keeps a step from being recorded, None if nothing does."""
+    for model in models:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Dropout) and module.p > 0:
+                return f"{name} drops inputs at random"
+            if not getattr(module, "recordable", True):
+                return f"what {name} runs depends on its input"
+    return None
+
+
+def _mixers(model: nn.Module) -> Iterator[Mixer]:
+    return (module for module in model.modules() if isinstance(module, Mixer))
