@@ -73,7 +73,9 @@ def _footprint(
     )
 
 
-def _mask(name: str, batch_size: int, q_length: int, kv_length: int, device: torch.device, **rest: Any) -> Tensor | None:
+def _mask(
+    name: str, batch_size: int, q_length: int, kv_length: int, device: torch.device, **rest: Any
+) -> Tensor | None:
     """What the mask takes: of flex attention, four tables of numbers of blocks; of SDPA, a byte a pair of tokens."""
     if name == "flex_attention":
         blocks = -(-q_length // BLOCK) * -(-kv_length // BLOCK)

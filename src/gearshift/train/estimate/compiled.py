@@ -5,7 +5,8 @@ between the two. Of each graph then only the sizes are used: matrix products and
 else is taken to be fused into a kernel that writes a matrix product's input or an output.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +17,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
+from gearshift.mixers.base import MixContext
 from gearshift.train.estimate.tracker import Tracker
 
 aten = torch.ops.aten
@@ -30,7 +32,10 @@ class Compiled:
         self._made: dict[Any, tuple[Callable[..., Any], list[Any]]] = {}
 
     def __call__(self, *args: Any) -> Any:
-        leaves, structure = tree_flatten(args)
+        shared = [isinstance(arg, MixContext) for arg in args]
+        leaves, structure = tree_flatten(
+            tuple(vars(arg) if is_one else arg for arg, is_one in zip(args, shared, strict=True))
+        )
         modules = [leaf for leaf in leaves if isinstance(leaf, nn.Module)]
         owners = nn.ModuleList(modules)
         parameters = dict(owners.named_parameters())
@@ -45,7 +50,10 @@ class Compiled:
                 filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
                 call = _Call(self.function, owners)
                 swapped = {f"owners.{name}": value for name, value in zip(parameters, values, strict=False)}
-                made = functional_call(call, swapped, tuple(tree_unflatten(filled, structure)))
+                opened = zip(tree_unflatten(filled, structure), shared, strict=True)
+                again = tuple(MixContext(**arg) if is_one else arg for arg, is_one in opened)
+                # A block holds its mixers: those given by themselves too are the same modules, not ties to follow.
+                made = functional_call(call, swapped, again, tie_weights=False)
                 flat, made_as = tree_flatten(made)
                 shape[:] = [made_as]
                 return flat
@@ -57,8 +65,7 @@ class Compiled:
                 partition_fn=min_cut_rematerialization_partition,
                 decompositions=_decompositions(),
             )
-            # Code may ask whether it is being compiled, to leave to the compiler what a kernel would do.
-            with self.tracker.paused(), patch.object(torch.compiler, "_is_compiling_flag", True):
+            with _tracing(), self.tracker.paused():
                 traced(*inputs)
             self._made[key] = traced, shape
         traced, shape = self._made[key]
@@ -66,6 +73,14 @@ class Compiled:
 
     def _forward(self, graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         return make_boxed_func(_Sizes(graph, self.tracker))
+
+
+@contextmanager
+def _tracing() -> Iterator[None]:
+    """Within, code that asks is told that it is being compiled, and what is kept is kept from a checkpoint's eyes."""
+    unseen = torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept)
+    with unseen, patch.object(torch.compiler, "_is_compiling_flag", True):
+        yield
 
 
 class _Call(nn.Module):

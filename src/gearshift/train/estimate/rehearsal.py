@@ -1,15 +1,14 @@
 """A stage's first steps on tensors without data: the code of the run itself, and every byte that it would take."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers.initialization import no_init_weights
 
 from gearshift.data import Batch
@@ -61,7 +60,7 @@ def rehearse(spec: ModelSpec, teacher: ModelSpec | None, recipe: Recipe, cuda: b
     with ExitStack() as within:
         within.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         within.enter_context(tracker)
-        within.enter_context(_Pretending(cuda))
+        within.enter_context(_pretending(cuda))
         within.enter_context(standing_in(tracker.count))
         if cuda:
             name = within.enter_context(standing_in_for(settings.attention or "flex_attention"))
@@ -71,9 +70,10 @@ def rehearse(spec: ModelSpec, teacher: ModelSpec | None, recipe: Recipe, cuda: b
         with tracker.labelled("parameters"):
             model = _build(spec)
             reference = None if teacher is None else _build(teacher).requires_grad_(False)
-        rows = max(settings.batch_size_of(0), getattr(stage, "calibration_sequences", None) or 0)
-        sequences = _Blank(torch.zeros(rows, settings.sequence_length, dtype=torch.int64))
-        distiller = Distiller(model, sequences, settings, reference)
+        counts = {settings.batch_size_of(0), getattr(stage, "calibration_sequences", None) or 1}
+        shapes = {count: (count, settings.sequence_length) for count in counts}
+        blank = _Blank({count: Batch(torch.zeros(shape, dtype=torch.int64)) for count, shape in shapes.items()})
+        distiller = Distiller(model, blank, settings, reference)
         with _loss_apart(tracker):
             return _run(distiller, tracker)
 
@@ -135,31 +135,25 @@ def _build(spec: ModelSpec) -> GearshiftForCausalLM:
 
 @dataclass(frozen=True)
 class _Blank:
-    """Text without letters."""
+    """Text without letters, made beforehand: a run draws in a thread of its own, where nothing may be computed."""
 
-    tokens: Tensor
+    batches: Mapping[int, Batch]
+    """By their number of sequences."""
 
     def draw(self, numbers: Iterable[int], seed: int = 0) -> Batch:
-        return Batch(self.tokens[: len(list(numbers))])
+        return self.batches[len(list(numbers))]
 
 
-class _Pretending(TorchFunctionMode):
-    """Tensors say that they are on CUDA where `cuda`, and give zeros where numbers are read."""
-
-    def __init__(self, cuda: bool):
-        super().__init__()
-        self.cuda = cuda
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function == torch.Tensor.tolist:
-            return [0.0] * len(args[0]) if args[0].ndim else 0.0
-        if function == torch.Tensor.__float__ or function == torch.Tensor.item:
-            return 0.0
-        if function == torch.Tensor.__bool__:
-            return False
-        if function == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
-            return self.cuda and not torch.compiler.is_compiling()
-        return function(*args, **(kwargs or {}))
+def _pretending(cuda: bool) -> AbstractContextManager[Any]:
+    """Within, tensors without data say that they are on CUDA where `cuda`, and give zeros where numbers are read."""
+    return patch.multiple(
+        FakeTensor,
+        is_cuda=property(lambda tensor: cuda),
+        tolist=lambda tensor: [0.0] * len(tensor) if tensor.ndim else 0.0,
+        __float__=lambda tensor: 0.0,
+        __bool__=lambda tensor: False,
+        create=True,
+    )
 
 
 @contextmanager
