@@ -39,17 +39,20 @@ class Compiled:
         modules = [leaf for leaf in leaves if isinstance(leaf, nn.Module)]
         owners = nn.ModuleList(modules)
         parameters = dict(owners.named_parameters())
+        names = list(parameters)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         inputs = [*parameters.values(), *tensors]
         key = (structure, tuple(map(_kind, leaves)), torch.is_grad_enabled())
         if key not in self._made:
             shape: list[Any] = []
+            empty = object()
+            template = [empty if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # holds no tensor
 
             def run(*values: Tensor) -> Any:
-                rest = iter(values[len(parameters) :])
-                filled = [next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+                rest = iter(values[len(names) :])
+                filled = [next(rest) if leaf is empty else leaf for leaf in template]
                 call = _Call(self.function, owners)
-                swapped = {f"owners.{name}": value for name, value in zip(parameters, values, strict=False)}
+                swapped = {f"owners.{name}": value for name, value in zip(names, values, strict=False)}
                 opened = zip(tree_unflatten(filled, structure), shared, strict=True)
                 again = tuple(MixContext(**arg) if is_one else arg for arg, is_one in opened)
                 # A block holds its mixers: those given by themselves too are the same modules, not ties to follow.

@@ -1,8 +1,9 @@
 """A stage's first steps on tensors without data: the code of the run itself, and every byte that it would take."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -15,35 +16,57 @@ from gearshift.data import Batch
 from gearshift.mixers.attention_footprint import standing_in_for
 from gearshift.mixers.footprint import standing_in
 from gearshift.model import GearshiftConfig, GearshiftForCausalLM
-from gearshift.spec import ModelSpec
+from gearshift.spec import ModelSpec, Placement
 from gearshift.train import losses
 from gearshift.train.estimate.compiled import Compiled
 from gearshift.train.estimate.tracker import Tracker
 from gearshift.train.loop import Distiller
-from gearshift.train.metrics import CalibrationRecord
 from gearshift.train.recipe import Recipe
+from gearshift.train.sampling import PresetSampling
 
 CUDA_ALIGNMENT = 512
 """Bytes that CUDA's allocator rounds up to."""
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What a step takes."""
+@dataclass(frozen=True, order=True)
+class LayerCost:
+    """What a layer costs under one of its mixers. Ordered by what it keeps, then by what it takes at most."""
 
-    peak: int
-    """Bytes, at the fullest moment of the calibration and the steps."""
-    parts: Mapping[str, int]
-    """What the peak is made of."""
+    kept: int
+    """Bytes from its forward to its backward pass."""
+    most: int
+    """Bytes at the fullest moment of both passes."""
+    forward: int
+    """Floating-point operations of its forward pass."""
+    both: int
+    """Those of both passes."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a stage's calibration and steps take."""
+
+    fullest: tuple[Mapping[str, int], ...]
+    """For each calibration and each step, what lived at its fullest moment: kind of tensor -> bytes."""
     operations: int
     """Floating-point operations of the last step."""
-    learning: Mapping[str, int] = field(default_factory=dict)
-    """Name -> bytes, of the parameters that learn."""
-    touched: frozenset[str] = frozenset()
-    """Those that the steps moved."""
+    layers: "LayerCosts"
+    """Those of each layer."""
+    placement: Placement | None
+    """What was chosen for a stochastic stage."""
 
 
-def rehearse(spec: ModelSpec, teacher: ModelSpec | None, recipe: Recipe, cuda: bool) -> Usage:
+LayerCosts = Mapping[tuple[str, str], LayerCost]
+"""(block, mixer) -> its costs."""
+
+
+def rehearse(
+    spec: ModelSpec,
+    teacher: ModelSpec | None,
+    recipe: Recipe,
+    cuda: bool,
+    choose: Callable[[LayerCosts], Placement] | None = None,
+) -> Rehearsal:
     """The memory of the first of `recipe`'s stages on a GPU or a CPU. No weight is loaded, and nothing is computed.
 
     Args:
@@ -51,10 +74,10 @@ def rehearse(spec: ModelSpec, teacher: ModelSpec | None, recipe: Recipe, cuda: b
         teacher: a reference model, None for the model itself.
         recipe: how; of its stages the first one's first two steps are done. The second finds the optimiser's state.
         cuda: for a GPU, whether or not there is one here.
+        choose: what a stochastic stage runs, by the layers' costs; None for the sampled placements.
     """
     tracker = Tracker(CUDA_ALIGNMENT if cuda else 1)
-    stage = recipe.stages[0].model_copy(update={"steps": 2})
-    settings = recipe.model_copy(update={"stages": (stage,)})
+    settings = _two_steps(recipe)
     if cuda:
         settings = _as_on_cuda(settings)
     with ExitStack() as within:
@@ -70,48 +93,85 @@ def rehearse(spec: ModelSpec, teacher: ModelSpec | None, recipe: Recipe, cuda: b
         with tracker.labelled("parameters"):
             model = _build(spec)
             reference = None if teacher is None else _build(teacher).requires_grad_(False)
-        counts = {settings.batch_size_of(0), getattr(stage, "calibration_sequences", None) or 1}
-        shapes = {count: (count, settings.sequence_length) for count in counts}
-        blank = _Blank({count: Batch(torch.zeros(shape, dtype=torch.int64)) for count, shape in shapes.items()})
-        distiller = Distiller(model, blank, settings, reference)
+        distiller = Distiller(model, _blank(settings), settings, reference)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in distiller.scales)
+        layers = _probe(distiller, tracker)
+        placement = choose and choose(layers)
+        if placement is not None:
+            distiller = Distiller(model, _blank(settings), _two_steps(settings, placement), reference)
         with _loss_apart(tracker):
-            return _run(distiller, tracker)
+            return Rehearsal(*_run(distiller, tracker), layers, placement)
 
 
-def _run(distiller: Distiller, tracker: Tracker) -> Usage:
-    learning = {name: value for name, value in distiller.model.named_parameters() if name in distiller.scales}
-    touched: set[str] = set()
-    hooks = []
-    for name, parameter in learning.items():
+def _two_steps(recipe: Recipe, placement: Placement | None = None) -> Recipe:
+    """The recipe's first stage alone, for two steps, on one placement if it is given."""
+    update: dict[str, Any] = {"steps": 2}
+    if placement is not None:
+        update["sampling"] = PresetSampling(probabilities={str(placement): 1.0})
+    return recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update=update),)})
 
-        def mark(parameter: Tensor, name: str = name) -> None:
-            touched.add(name)
-            if parameter.grad is not None:
-                tracker.label(parameter.grad, "gradients")
 
-        parameter.requires_grad_()
-        hooks.append(parameter.register_post_accumulate_grad_hook(mark))
+def _probe(distiller: Distiller, tracker: Tracker) -> dict[tuple[str, str], LayerCost]:
+    """The costs of each block under each of its mixers, in a step's part of the batch."""
+    settings, model = distiller.settings, distiller.model
+    assert isinstance(settings, Recipe)
+    rows = settings.batch_size_of(0) // settings.parts_of(0)
+    recompute = getattr(settings.stages[0], "recompute", False)
+    hidden = torch.zeros(rows, settings.sequence_length, model.spec.hidden_size, requires_grad=True)
+    model.set_attn_implementation(settings.attention or model.config._attn_implementation)
+    context = model.model.context(hidden)
+    costs = {}
+    for name, block in dict(zip(model.spec.decoder.layout, model.model.blocks, strict=True)).items():
+        for mixer in block.spec.mixers:
+            # Tables that layers share, and traces, are made the first time.
+            for _ in range(2):
+                before, counted = tracker.total, tracker.operations
+                tracker.peak = before
+                with distiller.engine.precision():
+                    made = distiller.engine.steps.run(block, mixer, hidden, context)[1]
+                kept = hidden.nbytes if recompute else tracker.total - before
+                forward = tracker.operations - counted
+                made.backward(torch.empty_like(made))
+                both = tracker.operations - counted + (forward if recompute else 0)
+                del made
+                hidden.grad = None
+                model.zero_grad(set_to_none=True)
+            costs[name, mixer] = LayerCost(kept, tracker.peak - before, forward, both)
+    return costs
+
+
+def _run(distiller: Distiller, tracker: Tracker) -> tuple[tuple[Mapping[str, int], ...], int]:
+    """What lived at the fullest moments, and the operations of the last step."""
+
+    def mark(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            tracker.label(parameter.grad, "gradients")
+
+    for parameter in distiller.model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(mark)
+    fullest: list[Mapping[str, int]] = []
+    operations = 0
     tracker.start()
-    peak, parts = 0, dict(tracker.at_peak)
-    for record in distiller.run():
-        assert distiller.optimiser is not None or isinstance(record, CalibrationRecord)
-        if tracker.peak > peak:
-            peak, parts = tracker.peak, dict(tracker.at_peak)
+    for _ in distiller.run():
+        fullest.append(tracker.at_peak)
         operations = tracker.operations
-        if distiller.optimiser is not None:
-            for state in distiller.optimiser.state.values():
-                for value in state.values():
-                    tracker.label(value, "optimiser")
-            if distiller.average is not None:
-                for value in distiller.average.averages.values():
-                    tracker.label(value, "optimiser")
-            if distiller.progress.step == 2:
-                break
+        if distiller.progress.step == 2:
+            break
+        for value in _state(distiller):
+            tracker.label(value, "optimiser")
         tracker.start()
-    for hook in hooks:
-        hook.remove()
-    sizes = {name: value.numel() * value.element_size() for name, value in learning.items()}
-    return Usage(peak, parts, operations, sizes, frozenset(touched))
+    return tuple(fullest), operations
+
+
+def _state(distiller: Distiller) -> Iterator[Tensor]:
+    """What the optimiser and the averages hold."""
+    if distiller.optimiser is not None:
+        for state in distiller.optimiser.state.values():
+            yield from state.values()
+    if distiller.average is not None:
+        yield from distiller.average.averages.values()
 
 
 def _as_on_cuda(settings: Recipe) -> Recipe:
@@ -156,13 +216,19 @@ def _pretending(cuda: bool) -> AbstractContextManager[Any]:
     )
 
 
+def _blank(settings: Recipe) -> _Blank:
+    counts = {settings.batch_size_of(0), getattr(settings.stages[0], "calibration_sequences", None) or 1}
+    shapes = {count: (count, settings.sequence_length) for count in counts}
+    return _Blank({count: Batch(torch.zeros(shape, dtype=torch.int64)) for count, shape in shapes.items()})
+
+
 @contextmanager
 def _compiling(tracker: Tracker) -> Iterator[None]:
     """Within, torch.compile gives functions that take the memory of compiled ones."""
-    chunk_terms = Compiled(losses._chunk_terms, tracker)
+    compiled = cache(lambda function: Compiled(function, tracker))
     with (
-        patch.object(torch, "compile", lambda function, **how: Compiled(function, tracker)),
-        patch.object(losses, "_compiled_chunk_terms", lambda: chunk_terms),
+        patch.object(torch, "compile", lambda function, **how: compiled(function)),
+        patch.object(losses, "_compiled_chunk_terms", lambda: compiled(losses._chunk_terms)),
     ):
         yield
 

@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,18 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-ALIGNMENT = 1
-"""Bytes that an allocation is rounded up to."""
-
 
 class Tracker(TorchDispatchMode):
     """Counts the bytes of every tensor made while it is on, from its making until nothing holds it.
 
     `peak` is the largest sum so far; `at_peak` is how it was made up, by what `label` and `labelled` called the tensors,
-    "activations" by default. `operations` counts the floating-point operations of matrix products.
+    "activations" by default. `total` is the sum now. `operations` counts the floating-point operations of matrix products.
     """
 
-    def __init__(self, rounding: int = ALIGNMENT):
+    def __init__(self, rounding: int = 1):
+        """With `rounding`, sizes are rounded up to multiples of it, as allocators do."""
         super().__init__()
         self.rounding = rounding
         self.now: Counter[str] = Counter()
@@ -33,7 +31,7 @@ class Tracker(TorchDispatchMode):
         self._default = "activations"
         self._labels: weakref.WeakKeyDictionary[torch.UntypedStorage, list[Any]] = weakref.WeakKeyDictionary()
         self._paused = False
-        self._total = 0
+        self.total = 0
 
     def start(self) -> None:
         """Forget the peak and the operations so far."""
@@ -93,16 +91,13 @@ class Tracker(TorchDispatchMode):
         self._labels[storage] = entry
         weakref.finalize(storage, self._free, entry)
         self.now[entry[0]] += size
-        self._total += size
-        if self._total > self.peak:
+        self.total += size
+        if self.total > self.peak:
             self._mark()
 
     def _mark(self) -> None:
-        self.peak, self.at_peak = self._total, dict(self.now)
+        self.peak, self.at_peak = self.total, dict(self.now)
 
     def _free(self, entry: list[Any]) -> None:
         self.now[entry[0]] -= entry[1]
-        self._total -= entry[1]
-
-
-Finalizer = Callable[[], None]
+        self.total -= entry[1]
