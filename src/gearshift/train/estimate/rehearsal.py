@@ -1,5 +1,6 @@
 """A stage's first steps on tensors without data: the code of the run itself, and every byte that it would take."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ def rehearse(
     if cuda:
         settings = _as_on_cuda(settings)
     with ExitStack() as within:
+        # What torch says of slow kernels is no news of tensors that nothing is computed on.
+        within.enter_context(warnings.catch_warnings(action="ignore"))
         within.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         within.enter_context(tracker)
         within.enter_context(_pretending(cuda))

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import flop_registry
 class Tracker(TorchDispatchMode):
     """Counts the bytes of every tensor made while it is on, from its making until nothing holds it.
 
-    `peak` is the largest sum so far; `at_peak` is how it was made up, by what `label` and `labelled` called the tensors,
-    "activations" by default. `total` is the sum now. `operations` counts the floating-point operations of matrix products.
+    `total` is the sum now, `peak` the largest so far; `at_peak` is how that was made up, by what `label` and `labelled`
+    called the tensors, "activations" by default. `operations` counts floating-point operations, of matrix products.
     """
 
     def __init__(self, rounding: int = 1):

@@ -144,7 +144,7 @@ def _estimate_stage(
     alone = recipe.model_copy(update={"stages": (stage.model_copy(update={"batch_size": size // ranks.data}),)})
     layers = _rehearsed(spec, recipe, index)
     small, reference = _cut(spec, layers), None if teacher is None else _cut(teacher, layers)
-    whole = _Whole(spec, teacher, recipe, layers)
+    whole = _Whole(spec, teacher, recipe, index, layers)
     if isinstance(stage, LayerwiseStage):
         found = whole.layerwise(rehearse(small, reference, alone, cuda))
     else:
@@ -162,7 +162,7 @@ def _estimate_stage(
 
 
 def _rehearsed(spec: ModelSpec, recipe: Recipe, index: int) -> list[int]:
-    """The layers to rehearse: the first of each block, two at least; all where layers differ by more than their block."""
+    """The layers to rehearse: the first of each block, two at least; all where equal blocks are not alike."""
     stage = recipe.stages[index]
     globs = (*recipe.learning_rate_scales, *recipe.freeze)
     singled_out = any("layers." in glob and "layers.*" not in glob for glob in globs)
@@ -194,8 +194,9 @@ def _drawn(native: NativeConfig, recipe: Recipe, index: int) -> list[Placement]:
 class _Whole:
     """A model of which only some layers were rehearsed."""
 
-    def __init__(self, spec: ModelSpec, teacher: ModelSpec | None, recipe: Recipe, layers: Sequence[int]):
+    def __init__(self, spec: ModelSpec, teacher: ModelSpec | None, recipe: Recipe, index: int, layers: Sequence[int]):
         self.spec = spec
+        self.parts = recipe.parts_of(index)
         self.layers = layers
         self.model = skeleton(spec)
         self.moments = STATE if recipe.ema is None else STATE + 4
@@ -238,10 +239,9 @@ class _Whole:
             "activations": max(moved, 0) + everywhere // len(heaviest),
             "logits": 0,
         }
-        operations = made.operations + round(
-            sum(self._operations(made.layers, placement) for placement in drawn) / len(drawn)
-            - self._operations(made.layers, chosen, self.layers)
-        )
+        mean = sum(self._operations(made.layers, placement) for placement in drawn) / len(drawn)
+        others = mean - self._operations(made.layers, chosen, self.layers)
+        operations = made.operations + round(self.parts * others)
         return max(before, behind, key=lambda parts: sum(parts.values())), operations
 
     def places(self, placement: Sequence[str], layers: Sequence[int] | None = None) -> list[tuple[str, str]]:
