@@ -102,25 +102,27 @@ def test_a_few_layers_tell_of_all(name: str, compiled: bool, tmp_path: Path, mon
 
 
 def test_compiled_code_takes_less(tmp_path: Path) -> None:
+    spec, more = spec_of(2), {"sequence_length": 1024, "batch_size": 8, "loss_chunk": 8192}
     plain, compiled = (
-        estimate(recipe_of(spec_of(2), tmp_path, STAGES["stochastic"], compile=one), gpus=1)[0] for one in (False, True)
+        estimate(recipe_of(spec, tmp_path, STAGES["stochastic"], compile=one, **more), gpus=1)[0]
+        for one in (False, True)
     )
-    assert compiled.parts["activations"] < 0.85 * plain.parts["activations"]
+    assert compiled.parts["activations"] < 0.9 * plain.parts["activations"]
 
 
 def test_recomputing_and_smaller_parts_take_less(tmp_path: Path) -> None:
-    spec, stage = spec_of(layers=4), STAGES["stochastic"]
-    recipe = recipe_of(spec, tmp_path, stage, batch_size=4)
-    whole = estimate(recipe)
-    again = estimate(recipe.model_copy(update={"stages": (STAGES["recompute"],)}))[0]
+    more = {"sequence_length": 1024, "batch_size": 2, "loss_chunk": 128, "compile": False}
+    recipe = recipe_of(spec_of(layers=8), tmp_path, STAGES["stochastic"], **more)
+    whole = estimate(recipe, 1)
+    again = estimate(recipe.model_copy(update={"stages": (STAGES["recompute"],)}), 1)[0]
     assert again.total < 0.6 * whole[0].total
-    (said,) = advice(recipe, whole, again.total, None)
+    (said,) = advice(recipe, whole, again.total, 1)
     assert "stages.0.recompute=true" in said
-    (said,) = advice(recipe, whole, round(0.8 * again.total), None)
-    assert "stages.0.recompute=true stages.0.gradient_accumulation=" in said
-    (said,) = advice(recipe, whole, 1000, None)
+    (said,) = advice(recipe, whole, again.total - 1, 1)
+    assert "stages.0.recompute=true stages.0.gradient_accumulation=2" in said
+    (said,) = advice(recipe, whole, 1000, 1)
     assert "shorter sequences" in said
-    assert not advice(recipe, whole, whole[0].total, None)
+    assert not advice(recipe, whole, whole[0].total, 1)
 
 
 def test_what_is_shared_between_gpus() -> None:
@@ -137,10 +139,10 @@ def test_what_is_shared_between_gpus() -> None:
 
 def test_sequences_must_divide_among_gpus(tmp_path: Path) -> None:
     recipe = recipe_of(spec_of(2), tmp_path, STAGES["recompute"])
-    with pytest.raises(ValueError, match="2 sequences a step cannot be split over 3 groups of GPUs"):
+    with pytest.raises(ValueError, match="2 sequences a step cannot be split over 3"):
         estimate(recipe, gpus=3)
-    with pytest.raises(ValueError, match="no config of 'nowhere/at-all'"):
-        estimate(recipe.model_copy(update={"model": "nowhere/at-all"}))
+    with pytest.raises(ValueError, match=r"there is no config of '/nowhere'"):
+        estimate(recipe.model_copy(update={"model": "/nowhere"}))
 
 
 @pytest.mark.parametrize(
@@ -156,11 +158,10 @@ def test_shipped_recipes_fit(name: str, gpus: int | None, gigabytes: int, memory
 
 def test_long_sequences_on_one_gpu(tmp_path: Path) -> None:
     """A window's tokens and the chunks of recurrences: nothing grows with the square of a sequence."""
+    more = {"batch_size": 1, "compile": False, "loss_chunk": 2**15}
     short, long = (
-        estimate(
-            recipe_of(spec_of(2), tmp_path, STAGES["recompute"], sequence_length=n, batch_size=1, compile=False), 1
-        )
-        for n in (2**15, 2**17)
+        estimate(recipe_of(spec_of(2), tmp_path, STAGES["recompute"], sequence_length=length, **more), gpus=1)
+        for length in (2**15, 2**17)
     )
     assert long[0].total < 4.1 * short[0].total
 
@@ -202,3 +203,28 @@ def test_a_stand_in_takes_what_it_declares() -> None:
         output.sum().backward()
     assert tracker.peak >= 800 + 1000 + 9000
     assert tracker.operations == 9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["layerwise", "stochastic", "recompute"])
+@pytest.mark.parametrize("length", [1024, 32768])
+def test_an_estimate_is_near_what_a_gpu_takes(name: str, compiled: bool, length: int, tmp_path: Path) -> None:
+    heads = {"heads": 8, "kv_heads": 4, "head_dim": 64, "rotary": {"theta": 1e4}}
+    mixers = {
+        "attention": {"type": "attention", **heads},
+        "window": {"type": "attention", **heads, "window": 128},
+        "gdn": {"type": "gated_delta_net", "key_heads": 8, "key_dim": 64},
+        "kda": {"type": "kimi_delta_attention", "heads": 8, "head_dim": 64},
+    }
+    spec = supernet_spec(6, mixers, vocab_size=32000, hidden_size=512)
+    more = {"device": "cuda", "compile": compiled, "cuda_graphs": False, "loss_chunk": 2048}
+    rows = max(1, 8192 // length)
+    recipe = recipe_of(spec, tmp_path, STAGES[name], sequence_length=length, batch_size=rows, **more)
+    model = GearshiftForCausalLM(GearshiftConfig(spec)).cuda()
+    sequences = TokenSequences(torch.randint(spec.vocab_size, (4, length)))
+    runner = Distiller(model, sequences, recipe)
+    first = next(records := runner.run())  # compiles and tunes kernels, which takes memory of its own
+    torch.cuda.reset_peak_memory_stats()
+    assert [first, *records]
+    assert estimate(recipe)[0].total == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)

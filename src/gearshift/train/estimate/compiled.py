@@ -11,7 +11,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
+from torch._functorch.aot_autograd import aot_function, make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten

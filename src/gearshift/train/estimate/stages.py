@@ -4,7 +4,7 @@ A few layers are rehearsed (`rehearsal`), one of each block at least; the others
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,17 +89,23 @@ def model_config(name: str) -> NativeConfig:
         return read_native(path)
     if (path / "config.json").is_file():
         return read_native(path / "config.json")
+    found = None if path.is_absolute() or len(path.parts) != 2 else _from_hub(name)
+    if found is None:
+        raise ValueError(
+            f"there is no config of {name!r}: make the model first, or give its sizes as a spec file (model=FILE.yaml)"
+        )
+    return read_native(found)
+
+
+def _from_hub(name: str) -> Path | None:
+    """The config of a hub model, downloaded by itself. None if there is none."""
     from transformers.utils.hub import cached_file
 
     try:
         found = cached_file(name, "config.json")
     except OSError:
-        found = None
-    if found is None:
-        raise ValueError(
-            f"there is no config of {name!r}: make the model first, or give its sizes as a spec file (model=FILE.yaml)"
-        )
-    return read_native(Path(found))
+        return None
+    return None if found is None else Path(found)
 
 
 def shared_out(parts: Mapping[str, int], units: "Units", residual: int, ranks: Ranks) -> dict[str, int]:
@@ -244,7 +250,7 @@ class _Whole:
         operations = made.operations + round(self.parts * others)
         return max(before, behind, key=lambda parts: sum(parts.values())), operations
 
-    def places(self, placement: Sequence[str], layers: Sequence[int] | None = None) -> list[tuple[str, str]]:
+    def places(self, placement: Iterable[str], layers: Sequence[int] | None = None) -> list[tuple[str, str]]:
         """(block, mixer) of each layer."""
         layers = range(self.spec.decoder.num_layers) if layers is None else layers
         return [(self.spec.decoder.layout[layer], name) for layer, name in zip(layers, placement, strict=True)]

@@ -87,7 +87,7 @@ class Tracker(TorchDispatchMode):
         if storage in self._labels:
             return
         size = -(-storage.nbytes() // self.rounding) * self.rounding
-        entry = [self._default, size]
+        entry: list[Any] = [self._default, size]
         self._labels[storage] = entry
         weakref.finalize(storage, self._free, entry)
         self.now[entry[0]] += size
