@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py [--model recipes/smollm2-135m/model.yaml] [--lengths 1024 32768 131072] [--tokens 16384]
 
-Weights and text are random. Each stage runs three steps without CUDA graphs; the first one's compiling and tuning is not
-counted. A stochastic stage draws uniform placements; one sequence of `--lengths` at least is in a step.
+Weights and text are random. Each stage runs three steps without CUDA graphs; the first one's compiling and tuning is
+not counted. A stochastic stage draws uniform placements; one sequence of `--lengths` at least is in a step.
 """
 
 import argparse

@@ -101,13 +101,14 @@ def test_a_few_layers_tell_of_all(name: str, compiled: bool, tmp_path: Path, mon
     assert few.operations == pytest.approx(every.operations, rel=0.25)
 
 
-def test_compiled_code_takes_less(tmp_path: Path) -> None:
-    spec, more = spec_of(2), {"sequence_length": 1024, "batch_size": 8, "loss_chunk": 8192}
-    plain, compiled = (
-        estimate(recipe_of(spec, tmp_path, STAGES["stochastic"], compile=one, **more), gpus=1)[0]
-        for one in (False, True)
-    )
-    assert compiled.parts["activations"] < 0.9 * plain.parts["activations"]
+@pytest.mark.parametrize(("compiled", "layerwise", "stochastic"), [(True, 3.5, 13.0), (False, 3.9, 20.0)])
+def test_what_an_h200_took(compiled: bool, layerwise: float, stochastic: float) -> None:
+    """GB, measured by torch.cuda.max_memory_allocated with flash-linear-attention 0.6.0 and without CUDA graphs."""
+    folder = RECIPES / "smollm2-135m"
+    stages = LayerwiseStage(steps=20, calibration="none"), StochasticStage(steps=20, sampling=UniformSampling())
+    recipe = load_recipe(folder / "train.yaml", [f"model={folder / 'model.yaml'}"])
+    found = estimate(recipe.model_copy(update={"stages": stages, "compile": compiled}), gpus=1)
+    assert [stage.total / 1e9 for stage in found] == pytest.approx([layerwise, stochastic], rel=0.15)
 
 
 def test_recomputing_and_smaller_parts_take_less(tmp_path: Path) -> None:
@@ -139,9 +140,9 @@ def test_what_is_shared_between_gpus() -> None:
 
 def test_sequences_must_divide_among_gpus(tmp_path: Path) -> None:
     recipe = recipe_of(spec_of(2), tmp_path, STAGES["recompute"])
-    with pytest.raises(ValueError, match="2 sequences a step cannot be split over 3"):
+    with pytest.raises(ValueError, match="2 sequences a step cannot be split"):
         estimate(recipe, gpus=3)
-    with pytest.raises(ValueError, match=r"there is no config of '/nowhere'"):
+    with pytest.raises(ValueError, match="there is no config"):
         estimate(recipe.model_copy(update={"model": "/nowhere"}))
 
 
@@ -185,9 +186,9 @@ def test_only_an_estimate_takes_gpus(tmp_path: Path) -> None:
     assert shown.exit_code == 2
 
 
-def test_a_kernel_without_a_footprint_is_named() -> None:
+def test_a_kernel_without_a_footprint_is_refused() -> None:
     assert stand_in("some.package:kernel") is None
-    with standing_in(lambda operations: None), pytest.raises(ValueError, match="some.package:kernel"):
+    with standing_in(lambda operations: None), pytest.raises(ValueError, match="nothing declares its footprint"):
         stand_in("some.package:kernel")
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import flop_registry
@@ -64,8 +64,8 @@ class Compiled:
 
             traced = aot_function(
                 run,
-                fw_compiler=self._forward,
-                bw_compiler=self._forward,
+                fw_compiler=self._graph,
+                bw_compiler=self._graph,
                 partition_fn=min_cut_rematerialization_partition,
                 decompositions=_decompositions(),
             )
@@ -75,8 +75,8 @@ class Compiled:
         traced, shape = self._made[key]
         return tree_unflatten(list(traced(*inputs)), shape[0])
 
-    def _forward(self, graph: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        return make_boxed_func(_Sizes(graph, self.tracker))
+    def _graph(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        return make_boxed_func(_Sizes(gm, self.tracker))
 
 
 @contextmanager

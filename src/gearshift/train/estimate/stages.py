@@ -111,8 +111,8 @@ def _from_hub(name: str) -> Path | None:
 def shared_out(parts: Mapping[str, int], units: "Units", residual: int, ranks: Ranks) -> dict[str, int]:
     """What one of several GPUs holds, of what a single one with its share of the rows would.
 
-    FSDP keeps a share of every parameter, gradient and moment, and gathers the root unit, the unit that runs and the one
-    that is fetched ahead. Tensor parallelism splits what a layer makes in between, but not the residual stream.
+    FSDP keeps a share of every parameter, gradient and moment, and gathers the root unit, the unit that runs and the
+    one that is fetched ahead. Tensor parallelism splits what a layer makes in between, but not the residual stream.
 
     Args:
         parts: of a single GPU, bytes by `PARTS`.
