@@ -90,7 +90,7 @@ def rehearse(
         within.enter_context(standing_in(tracker.count))
         if cuda:
             name = within.enter_context(standing_in_for(settings.attention or "flex_attention"))
-            settings = settings.model_copy(update={"attention": name})
+            settings = settings.model_copy(update=dict(attention=name))
         if settings.compile:
             within.enter_context(_compiling(tracker))
         with tracker.labelled("parameters"):
