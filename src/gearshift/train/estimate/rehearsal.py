@@ -90,7 +90,7 @@ def rehearse(
         within.enter_context(standing_in(tracker.count))
         if cuda:
             name = within.enter_context(standing_in_for(settings.attention or "flex_attention"))
-            settings = settings.model_copy(update=dict(attention=name))
+            settings = settings.model_copy(update=_overrides(attention=name))
         if settings.compile:
             within.enter_context(_compiling(tracker))
         with tracker.labelled("parameters"):
@@ -175,6 +175,10 @@ def _state(distiller: Distiller) -> Iterator[Tensor]:
             yield from state.values()
     if distiller.average is not None:
         yield from distiller.average.averages.values()
+
+
+def _overrides(**settings: Any) -> dict[str, Any]:
+    return settings
 
 
 def _as_on_cuda(settings: Recipe) -> Recipe:
