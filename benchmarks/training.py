@@ -47,7 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "": {},
     ", two parts": {"gradient_accumulation": 2},
     ", no graphs": {"cuda_graphs": False},
-    ", plain": {"cuda_graphs": False, "compile": False, "attention": "sdpa"},
+    ", plain": {"cuda_graphs": False, "compile": False, "attn_implementation": "sdpa"},
 }
 """What is timed on CUDA. On a CPU the first and the last are the same."""
 

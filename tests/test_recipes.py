@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gearshift.cli import app
+from gearshift.formats.spec_file import read_spec
 from gearshift.quickstart import QuickstartSettings
 from gearshift.settings import load_settings
 from gearshift.surgery import load_surgery
@@ -21,6 +22,8 @@ def test_recipe(path: Path) -> None:
     text = path.read_text()
     if "edits:" in text:
         assert load_surgery(path).edits
+    elif "decoder:" in text:
+        assert read_spec(path).is_supernet
     elif "distillation:" in text:
         settings = load_settings(QuickstartSettings, path)
         assert settings.export in settings.presets

@@ -3,13 +3,16 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from gearshift.arguments import Command
+
+if TYPE_CHECKING:
+    from gearshift.train import Recipe
 
 app = typer.Typer(
     name="gearshift",
@@ -112,6 +115,15 @@ def diff(
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     overrides: Overrides = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Print the memory that each stage needs, from configs alone; do nothing.")
+    ] = False,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=1, help="With --estimate: on so many GPUs, here or elsewhere.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option("--memory", min=0, help="With --estimate: the GB of each device, if it is not here.")
+    ] = None,
 ) -> None:
     """Distil a supernet by a recipe. Run again, it goes on from its last checkpoint.
 
@@ -124,6 +136,11 @@ def train(
     from gearshift.train import train as run_recipe
     from gearshift.train.parallel import process_group
 
+    if (gpus is not None or memory is not None) and not estimate:
+        raise ValueError("--gpus and --memory say what to estimate for: add --estimate")
+    if estimate:
+        _print_estimate(load_recipe(recipe, overrides or []), gpus, memory)
+        return
     with process_group() as first:
         settings = load_recipe(recipe, overrides or [])
         with bar(err, "training", settings.total_steps) if first else nullcontext(silent) as advance:
@@ -140,6 +157,17 @@ def train(
     else:
         resumed = "" if result.resumed_at is None else f", resumed at step {result.resumed_at}"
         out.print(f"{result.model}: {result.steps} steps{resumed}")
+
+
+def _print_estimate(recipe: "Recipe", gpus: int | None, gigabytes: float | None) -> None:
+    from gearshift.train.estimate import advice, device_memory, estimate, table
+
+    stages = estimate(recipe, gpus)
+    memory = device_memory(recipe, gpus) if gigabytes is None else round(gigabytes * 1e9)
+    out.print(table(stages, memory))
+    if memory is not None:
+        for sentence in advice(recipe, stages, memory, gpus):
+            out.print(sentence)
 
 
 @app.command(cls=Command)

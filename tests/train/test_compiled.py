@@ -75,7 +75,7 @@ def test_graphs_need_cuda() -> None:
 @pytest.mark.parametrize(("compiled", "graphs"), [(True, False), (False, True), (True, True)])
 def test_on_cuda(stage: str, compiled: bool, graphs: bool) -> None:
     """In float32: equal but for the order of sums. The heads are too narrow for flex attention."""
-    settings = {"autocast": "none", "attention": "sdpa"}
+    settings = {"autocast": "none", "attn_implementation": "sdpa"}
     _, losses = learnt(stage, "cuda", compile=compiled, cuda_graphs=graphs, **settings)
     _, plain = learnt(stage, "cuda", compile=False, cuda_graphs=False, **settings)
     assert losses == pytest.approx(plain, rel=1e-3)
@@ -84,7 +84,7 @@ def test_on_cuda(stage: str, compiled: bool, graphs: bool) -> None:
 def test_the_attention_function_is_put_back() -> None:
     model = supernet(layers=1)
     seen: list[str] = []
-    settings = DistillationSettings(stages=(STAGES["layerwise"],), batch_size=4, attention="eager")
+    settings = DistillationSettings(stages=(STAGES["layerwise"],), batch_size=4, attn_implementation="eager")
     data = TokenSequences(tokens(8, 20))
     distil(model, data, settings, lambda record: seen.append(model.config._attn_implementation))
     assert set(seen) == {"eager"}

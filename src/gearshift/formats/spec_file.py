@@ -54,12 +54,12 @@ def read_spec(path: str | Path) -> ModelSpec:
 
     Raises ValueError, naming the file and the key, for what is wrong in it.
     """
-    return _read(Path(path)).spec
+    return read_native(Path(path)).spec
 
 
 def open_spec_file(path: Path) -> Checkpoint:
     """The model that a file describes as a checkpoint with new weights. Raises as `read_spec`."""
-    native = _read(path)
+    native = read_native(path)
     notes = [*native.source.get("notes", []), "its weights were drawn, not trained"]
     native = replace(native, source={"format": _FORMAT.name, "name": path.name, "notes": notes})
     source = MappingSource({})
@@ -68,7 +68,8 @@ def open_spec_file(path: Path) -> Checkpoint:
     return Checkpoint(path, _FORMAT, native, source, plan, digest, lambda out: None)
 
 
-def _read(path: Path) -> NativeConfig:
+def read_native(path: Path) -> NativeConfig:
+    """As `read_spec`, with the presets and all else that the file says beside the model."""
     raw = read_json(path) if path.suffix == ".json" else read_yaml(path)
     try:
         return _FORMAT.to_native(raw)

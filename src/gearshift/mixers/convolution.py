@@ -1,6 +1,7 @@
 """The short causal depthwise convolutions, with an activation, that recurrent mixers put after their projections."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +9,11 @@ from torch.nn import functional as F
 
 from gearshift.mixers import activations
 from gearshift.mixers.base import MixContext, MixerState
+from gearshift.mixers.footprint import CHUNK, Footprint, declares
 from gearshift.mixers.kernels import kernel
 from gearshift.plan import Constant, Initialiser, Uniform
 
+_KERNEL = "fla.modules.causal_conv1d:causal_conv1d"
 _FUSED = {"silu": "silu", "swish": "silu", "linear": None}
 """The activations that the CUDA kernel knows, by transformers' names."""
 
@@ -86,7 +89,7 @@ def run_convolutions(
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, context: MixContext | None) -> Tensor:
     if x.is_cuda:
-        run = kernel("fla.modules.causal_conv1d:causal_conv1d")
+        run = kernel(_KERNEL)
         cu_seqlens = None if context is None else context.cu_seqlens
         fused = _FUSED.get(activation)
         mixed = run(x, weight.squeeze(1), bias=bias, activation=fused, cu_seqlens=cu_seqlens)[0]
@@ -122,3 +125,10 @@ def _places(context: MixContext) -> Tensor | None:
         return torch.arange(context.tokens, device=cu_seqlens.device) - cu_seqlens[documents[0]]
 
     return context.once("places in documents", make)
+
+
+@declares(_KERNEL)
+def _footprint(x: Tensor, weight: Tensor, **rest: Any) -> Footprint:
+    """Of flash-linear-attention 0.6.0: it keeps what it read; the weight's gradient is summed up by chunks, float32."""
+    by_chunk = -(-x.shape[1] // CHUNK) * x.shape[0] * 4
+    return Footprint((torch.empty_like(x), None), (x, weight, rest.get("bias")), backward=by_chunk * weight.numel())

@@ -1,9 +1,12 @@
 """The gated delta rule on CUDA: flash-linear-attention's kernels, which also apply the gates and the L2 norms."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gearshift.mixers.base import MixContext, MixerState
+from gearshift.mixers.footprint import CHUNK, Footprint, declares
 from gearshift.mixers.kernels import kernel
 
 DECAY_PER_HEAD = "fla.ops.gated_delta_rule:{}_gated_delta_rule"
@@ -51,3 +54,62 @@ def fused_delta_rule(
     if state is not None:
         state["recurrent"] = final
     return output
+
+
+@declares(DECAY_PER_HEAD.format("chunk"))
+def _footprint_per_head(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **rest: Any) -> Footprint:
+    """Of flash-linear-attention 0.6.0. Its backward pass makes the written rows and the chunks' states again.
+
+    Kept: unit queries and keys, the activated gates in float32, the inverse of each chunk's coupling matrix.
+    """
+    size, keys, values, states = _sizes(q, v)
+    heads = v.shape[2]
+    shared = 2 * q[0, 0].numel()
+    written = keys + 2 * values + states  # w, u and v_new, and the state of each chunk
+    return Footprint(
+        outputs=(torch.empty_like(v), None),
+        keeps=(v, g, beta, rest["A_log"], rest["dt_bias"]),
+        kept=_whole(q, size * (shared + CHUNK * heads) + 4 * (2 * q.shape[2] + 2 * heads)),
+        forward=_whole(q, size * written),
+        # The gradients of: outputs' values twice, states, queries, keys and w, keys and values once more; gates.
+        backward=_whole(q, size * (written + 3 * values + states + 4 * keys) + 16 * heads),
+        flops=_whole(q, _operations(keys, values, states)),
+    )
+
+
+@declares(DECAY_PER_CHANNEL.format("chunk"))
+def _footprint_per_channel(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **rest: Any) -> Footprint:
+    """Of flash-linear-attention 0.6.0. Its backward pass makes the decays, written rows and states again.
+
+    Kept: unit queries and keys, beta in float32, two matrices of a chunk's scores. Decays and the gradients of queries,
+    keys and decays are in float32.
+    """
+    size, keys, values, states = _sizes(q, v)
+    heads = v.shape[2]
+    shared = 2 * q[0, 0].numel()
+    written = 2 * keys + 2 * values + states  # w and kg, u and v_new, and the state of each chunk
+    return Footprint(
+        outputs=(torch.empty_like(v), None),
+        keeps=(v, g, beta, rest["A_log"], rest["dt_bias"]),
+        kept=_whole(q, size * (shared + 2 * CHUNK * heads) + 4 * (2 * q.shape[2] + heads)),
+        forward=_whole(q, size * written + 4 * (keys + CHUNK // 4 * heads)),
+        # Beyond those: qg, three gradients of values, the states'; decays; gradients of queries, keys and decays twice;
+        # and those of both score matrices.
+        backward=_whole(q, size * (written + keys + 3 * values + states) + 4 * (7 * keys + 2 * CHUNK * heads)),
+        flops=_whole(q, _operations(keys, values, states)),
+    )
+
+
+def _sizes(query: Tensor, value: Tensor) -> tuple[int, int, int, int]:
+    """Bytes of a number; numbers a token of all value heads' keys, of their values, and of a chunk's states."""
+    heads, width = value.shape[2], query.shape[-1]
+    return value.element_size(), heads * width, heads * value.shape[-1], heads * width * value.shape[-1] // CHUNK
+
+
+def _operations(keys: int, values: int, states: int) -> int:
+    """Operations a token: within a chunk three products of scores and three with rows; four with the states."""
+    return 2 * CHUNK * 3 * (keys + values) // 2 + 2 * 4 * states * CHUNK
+
+
+def _whole(query: Tensor, a_token: int) -> int:
+    return query.shape[0] * query.shape[1] * a_token

@@ -1,12 +1,16 @@
 """The normalisation of recurrent mixers' outputs: RMS over a head or a group of channels, and a gate."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gearshift.mixers import activations
+from gearshift.mixers.footprint import Footprint, declares
 from gearshift.mixers.kernels import kernel
 
+_NORM, _GROUPED_NORM = "fla.modules.norm.fused_norm_gate:rms_norm_gated", "fla.modules.norm.layernorm_gated:rmsnorm_fn"
 _FUSED = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}
 """The activations that the CUDA kernel knows, by transformers' names."""
 
@@ -26,7 +30,7 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         if _has_kernel(x) and self.activation in _FUSED:
-            run = kernel("fla.modules.norm.fused_norm_gate:rms_norm_gated")
+            run = kernel(_NORM)
             return run(x, gate, self.weight, None, _FUSED[self.activation], eps=self.epsilon).to(gate.dtype)
         normed = self.weight.float() * _unit(x.float(), self.epsilon)
         return (normed * activations.activation(self.activation)(gate.float())).to(gate.dtype)
@@ -48,7 +52,7 @@ class GroupedGatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         if _has_kernel(x):
-            run = kernel("fla.modules.norm.layernorm_gated:rmsnorm_fn")
+            run = kernel(_GROUPED_NORM)
             order = {"group_size": self.group_size, "norm_before_gate": self.norm_before_gate}
             return run(x, self.weight, None, gate.to(x.dtype), self.epsilon, **order).to(gate.dtype)
         open_gate = F.silu(gate.float())
@@ -56,6 +60,20 @@ class GroupedGatedRMSNorm(nn.Module):
         unit = _unit(wide.unflatten(-1, (-1, self.group_size)), self.epsilon).flatten(-2)
         normed = self.weight.float() * unit
         return (normed * open_gate if self.norm_before_gate else normed).to(gate.dtype)
+
+
+@declares(_NORM)
+def _footprint(x: Tensor, gate: Tensor, weight: Tensor, *rest: Any, **more: Any) -> Footprint:
+    """Of flash-linear-attention 0.6.0: it keeps what it read, and the root of each norm."""
+    return Footprint((torch.empty_like(x),), (x, gate, weight), kept=4 * x.shape[:-1].numel())
+
+
+@declares(_GROUPED_NORM)
+def _grouped_footprint(
+    x: Tensor, weight: Tensor, bias: None, gate: Tensor, epsilon: float, *, group_size: int, **rest: Any
+) -> Footprint:
+    """As of the other norm."""
+    return Footprint((torch.empty_like(x),), (x, gate, weight), kept=4 * x.numel() // group_size)
 
 
 def _has_kernel(x: Tensor) -> bool:

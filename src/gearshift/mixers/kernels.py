@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from gearshift.mixers.footprint import stand_in
+
 HOPPER = (9, 0)
 PACKAGES = {"mamba_ssm": ("mamba-ssm", "pip install mamba-ssm --no-build-isolation")}
 """By a kernel's first module: the package that has it, and how it is installed."""
@@ -16,9 +18,16 @@ BROKEN_TRITON = ((3, 4, 0), (3, 7, 0))
 """From the first to the last version whose compiled gated backward is wrong on Hopper; TileLang's is used instead."""
 
 
-@cache
 def kernel(path: str) -> Any:
-    """The function at `module:name`. Without its package, an ImportError that names it and says how to install it."""
+    """The function at `module:name`. Without its package, an ImportError that names it and says how to install it.
+
+    Where a run is estimated, a stand-in that takes as much memory and computes nothing.
+    """
+    return stand_in(path) or _imported(path)
+
+
+@cache
+def _imported(path: str) -> Any:
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)

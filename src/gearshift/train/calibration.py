@@ -4,6 +4,7 @@ A mixer with a normalised output starts at a scale of its own, an order of magni
 a few sequences gives the statistics of a least-squares fit; nothing is differentiated.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,11 +52,6 @@ class Fit:
         """Count in what the other processes have seen."""
         self.gram, self.cross, self.power = map(parallel.total, (self.gram, self.cross, self.power))
         self.sequences *= parallel.data_ranks
-
-    def check(self) -> None:
-        """LinAlgError if what was counted in is not finite."""
-        if not torch.stack([self.gram.sum(), self.cross.sum(), self.power, self.weight.sum()]).isfinite().all():
-            raise torch.linalg.LinAlgError("features, targets or weights are not finite")
 
     def error(self, weight: Tensor) -> Tensor:
         """The normalised activation error of a projection with `weight` [outputs, inputs], float64."""
@@ -169,11 +165,15 @@ def _features(mixer: Mixer, hidden: Tensor, context: MixContext) -> Tensor:
 
 
 def _apply(fit: Fit, weight: nn.Parameter, method: str, ridge: float, parallel: Parallel) -> dict[str, float]:
-    """Give a projection its fitted weight. Returns the error as it was, with the best factor, and as it is now."""
+    """Give a projection its fitted weight. Returns the error as it was, with the best factor, and as it is now.
+
+    LinAlgError, and the weight as it was, if one of them is not finite.
+    """
     fit.add_others(parallel)
-    fit.check()
     scaled = fit.scaled()
     chosen = fit.ridge(ridge) if method == "ridge" else scaled
+    errors = torch.stack([fit.error(candidate) for candidate in (fit.weight, scaled, chosen)]).tolist()
+    if not all(map(math.isfinite, errors)):
+        raise torch.linalg.LinAlgError("features, targets or weights are not finite")
     parallel.assign(weight, chosen)
-    errors = torch.stack([fit.error(candidate) for candidate in (fit.weight, scaled, chosen)])
-    return dict(zip(("before", "scaled", "after"), errors.tolist(), strict=True))
+    return dict(zip(("before", "scaled", "after"), errors, strict=True))

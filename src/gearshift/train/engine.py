@@ -39,7 +39,7 @@ class Engine:
     steps: BlockSteps
     graphs: bool = False
     """Whether work that is the same at every step is recorded as a CUDA graph."""
-    attention: str | None = None
+    attn_implementation: str | None = None
     """The attention function to train on; None: each model's own."""
 
     @property
@@ -65,19 +65,19 @@ def make_engine(settings: DistillationSettings, models: set[nn.Module], device: 
     if graphs and obstacle is not None:
         raise ValueError(f"cuda_graphs: true, but {obstacle}: leave it out")
     steps = CompiledSteps() if compiled else BlockSteps()
-    return Engine(Precision(settings.autocast, device), steps, graphs, _attention(settings, models, device))
+    return Engine(Precision(settings.autocast, device), steps, graphs, _attn_implementation(settings, models, device))
 
 
-def _attention(settings: DistillationSettings, models: set[nn.Module], device: torch.device) -> str | None:
+def _attn_implementation(settings: DistillationSettings, models: set[nn.Module], device: torch.device) -> str | None:
     unable = [mixer for model in models for mixer in _mixers(model) if not mixer.supports_attention(FLEX)]
-    if settings.attention == FLEX and unable:
+    if settings.attn_implementation == FLEX and unable:
         raise ValueError(
-            f"attention: {FLEX} cannot run {unable[0].spec.type} with these settings (dropout, or heads narrower than"
-            " 16 channels): leave it out"
+            f"attn_implementation: {FLEX} cannot run {unable[0].spec.type} with these settings (dropout, or heads"
+            " narrower than 16 channels): leave it out"
         )
-    if settings.attention is None and device.type == "cuda" and not unable:
+    if settings.attn_implementation is None and device.type == "cuda" and not unable:
         return FLEX
-    return settings.attention
+    return settings.attn_implementation
 
 
 def _obstacle(models: set[nn.Module]) -> str | None:

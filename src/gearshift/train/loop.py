@@ -133,7 +133,7 @@ class Distiller:
         self.teacher.eval()
         set_modes(self.model)
         for model, function in functions.items():
-            model.set_attn_implementation(self.engine.attention or function)
+            model.set_attn_implementation(self.engine.attn_implementation or function)
         try:
             with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
                 yield

@@ -32,6 +32,7 @@ MAY_CHANGE = {
     "log_every",
     "loss_chunk",
     "data_cache",
+    "attn_implementation",
     "compile",
     "cuda_graphs",
 }

@@ -1,0 +1,71 @@
+"""An estimate as a person reads it: a table, and what would make the run fit."""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from rich.table import Table
+
+from gearshift.train.estimate.stages import PARTS, StageEstimate, estimate
+from gearshift.train.recipe import Recipe, StageSettings, StochasticStage
+
+
+def table(stages: Sequence[StageEstimate], memory: int | None) -> Table:
+    """A line a stage: what its fullest moment takes on each device, in GB, against `memory` bytes if they are known."""
+    caption = "GB on each device at the fullest moment, in use by tensors; CUDA graphs reserve more"
+    made = Table(box=None, caption=caption)
+    of = [] if memory is None else [f"of {memory / 1e9:,.1f}"]
+    for name in ("stage", *PARTS, "total", *of, "tokens a step", "TFLOP a step"):
+        made.add_column(name, justify="left" if name == "stage" else "right")
+    for stage in stages:
+        sizes = [f"{stage.parts.get(part, 0) / 1e9:,.2f}" for part in PARTS]
+        share = [] if memory is None else [f"{stage.total / memory:.0%}"]
+        work = f"{stage.tokens:,}", f"{stage.operations / 1e12:,.2f}"
+        made.add_row(stage.type, *sizes, f"{stage.total / 1e9:,.2f}", *share, *work)
+    return made
+
+
+def device_memory(recipe: Recipe, gpus: int | None) -> int | None:
+    """Bytes of the device that `recipe` names; None if it is no GPU that is here."""
+    if torch.cuda.is_available() and recipe.device != "cpu":
+        return torch.cuda.get_device_properties(
+            torch.device("cuda" if recipe.device == "auto" else recipe.device)
+        ).total_memory
+    if gpus is not None or recipe.device.startswith("cuda") or not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def advice(recipe: Recipe, stages: Sequence[StageEstimate], memory: int, gpus: int | None) -> list[str]:
+    """For each stage that takes more than `memory` bytes a sentence: which setting makes it fit, if one does."""
+    found = []
+    for index, stage in enumerate(stages):
+        if stage.total <= memory:
+            continue
+        problem = f"stage {index} ({stage.type}) needs {stage.total / 1e9:.1f} GB, the device has {memory / 1e9:.1f}"
+        found.append(f"{problem}: {_remedy(recipe, index, memory, gpus)}")
+    return found
+
+
+def _remedy(recipe: Recipe, index: int, memory: int, gpus: int | None) -> str:
+    for changed, said in _smaller(recipe, index, gpus or 1):
+        total = estimate(changed, gpus)[0].total
+        if total <= memory:
+            return f"with {said} it takes {total / 1e9:.1f} GB"
+    return "no setting of the stage makes it fit; use shorter sequences, or more GPUs (--gpus)"
+
+
+def _smaller(recipe: Recipe, index: int, gpus: int) -> Iterator[tuple[Recipe, str]]:
+    """The stage alone in ways that take less memory, the cheapest in time first, and what to write for them."""
+    stage: StageSettings = recipe.stages[index]
+    name, said = f"stages.{index}", ""
+    size = recipe.batch_size_of(index)
+    alone = {"stages": (stage.model_copy(update={"batch_size": size}),)}
+    if isinstance(stage, StochasticStage) and not stage.recompute:
+        stage = stage.model_copy(update={"recompute": True, "batch_size": size})
+        alone, said = {"stages": (stage,)}, f"{name}.recompute=true"
+        yield recipe.model_copy(update=alone), said
+    for parts in range(recipe.parts_of(index) + 1, size + 1):
+        if size % (parts * gpus) == 0:
+            split = stage.model_copy(update={"gradient_accumulation": parts, "batch_size": size})
+            yield recipe.model_copy(update={"stages": (split,)}), f"{said} {name}.gradient_accumulation={parts}".strip()

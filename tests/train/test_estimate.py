@@ -1,0 +1,231 @@
+"""The memory that an estimate gives, against what training then takes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.profiler import ProfilerActivity, profile
+from typer.testing import CliRunner
+
+from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec
+from gearshift.cli import app
+from gearshift.data import TokenSequences
+from gearshift.mixers.footprint import Footprint, run_stand_in, stand_in, standing_in
+from gearshift.train import (
+    Distiller,
+    LayerwiseStage,
+    LossWeights,
+    Recipe,
+    StochasticStage,
+    UniformSampling,
+    load_recipe,
+)
+from gearshift.train.estimate import Ranks, Units, advice, estimate, shared_out
+from gearshift.train.estimate import stages as estimates
+from gearshift.train.estimate.tracker import Tracker
+from tests.models import supernet_spec
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+HEADS = {"heads": 4, "kv_heads": 2, "head_dim": 16, "rotary": {"theta": 1e4}}
+MIXERS: dict[str, dict[str, Any]] = {
+    "attention": {"type": "attention", **HEADS},
+    "window": {"type": "attention", **HEADS, "window": 16},
+    "gdn": {"type": "gated_delta_net", "key_heads": 4, "key_dim": 16},
+    "kda": {"type": "kimi_delta_attention", "heads": 4, "head_dim": 16},
+}
+TOKENS = 128
+
+
+def spec_of(layers: int = 3, **model: Any) -> ModelSpec:
+    return supernet_spec(layers, MIXERS, **{"vocab_size": 1000, "hidden_size": 64, **model})
+
+
+def recipe_of(spec: ModelSpec, folder: Path, *stages: Any, **more: Any) -> Recipe:
+    """A recipe for a spec file, so that nothing but sizes is known."""
+    path = folder / "model.yaml"
+    path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    settings = {"sequence_length": TOKENS, "batch_size": 2, "device": "cpu", "loss_chunk": 64, **more}
+    return Recipe(model=str(path), output=str(folder / "run"), stages=stages, **settings)
+
+
+def measured(spec: ModelSpec, recipe: Recipe) -> int:
+    """The most bytes in use by tensors while `recipe` runs, by torch's own account of every allocation."""
+    model = GearshiftForCausalLM(GearshiftConfig(spec))
+    sequences = TokenSequences(torch.randint(spec.vocab_size, (8, TOKENS)))
+    now = most = sum(parameter.nbytes for parameter in model.parameters())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for _ in Distiller(model, sequences, recipe).run():
+            pass
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+STAGES = {
+    "layerwise": LayerwiseStage(steps=2, calibration="none"),
+    "calibration": LayerwiseStage(steps=2, calibration_sequences=8),
+    "stochastic": StochasticStage(steps=3, sampling=UniformSampling()),
+    "recompute": StochasticStage(steps=3, sampling=UniformSampling(), recompute=True),
+    "activation": StochasticStage(steps=2, losses=LossWeights(activation=0.5)),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_an_estimate_is_near_what_training_takes(name: str, tmp_path: Path) -> None:
+    spec = spec_of(layers=4)
+    recipe = recipe_of(spec, tmp_path, STAGES[name], ema=0.9)
+    found = estimate(recipe)[0]
+    assert found.total == pytest.approx(measured(spec, recipe), rel=0.15)
+    assert found.tokens == 2 * TOKENS
+    assert found.operations > 6 * 4 * 64 * 64 * found.tokens
+
+
+def test_bfloat16_in_parts_and_tied_embeddings(tmp_path: Path) -> None:
+    spec = spec_of(tie_embeddings=True)
+    stage = StochasticStage(steps=2, batch_size=4, gradient_accumulation=2)
+    recipe = recipe_of(spec, tmp_path, stage, autocast="bfloat16")
+    assert estimate(recipe)[0].total == pytest.approx(measured(spec, recipe), rel=0.15)
+
+
+@pytest.mark.parametrize(("name", "compiled"), [("layerwise", False), ("stochastic", True), ("recompute", False)])
+def test_a_few_layers_tell_of_all(name: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(spec_of(layers=5), tmp_path, STAGES[name], compile=compiled)
+    few = estimate(recipe, gpus=1)[0]
+    monkeypatch.setattr(estimates, "_rehearsed", lambda spec, recipe, index: list(range(spec.decoder.num_layers)))
+    every = estimate(recipe, gpus=1)[0]
+    assert few.total == pytest.approx(every.total, rel=0.05)
+    assert few.operations == pytest.approx(every.operations, rel=0.25)
+
+
+@pytest.mark.parametrize(("compiled", "layerwise", "stochastic"), [(True, 3.5, 13.0), (False, 3.9, 20.0)])
+def test_what_an_h200_took(compiled: bool, layerwise: float, stochastic: float) -> None:
+    """GB, measured by torch.cuda.max_memory_allocated with flash-linear-attention 0.6.0 and without CUDA graphs."""
+    folder = RECIPES / "smollm2-135m"
+    stages = LayerwiseStage(steps=20, calibration="none"), StochasticStage(steps=20, sampling=UniformSampling())
+    recipe = load_recipe(folder / "train.yaml", [f"model={folder / 'model.yaml'}"])
+    found = estimate(recipe.model_copy(update={"stages": stages, "compile": compiled}), gpus=1)
+    assert [stage.total / 1e9 for stage in found] == pytest.approx([layerwise, stochastic], rel=0.15)
+
+
+def test_recomputing_and_smaller_parts_take_less(tmp_path: Path) -> None:
+    more = {"sequence_length": 1024, "batch_size": 2, "loss_chunk": 128, "compile": False}
+    recipe = recipe_of(spec_of(layers=8), tmp_path, STAGES["stochastic"], **more)
+    whole = estimate(recipe, 1)
+    again = estimate(recipe.model_copy(update={"stages": (STAGES["recompute"],)}), 1)[0]
+    assert again.total < 0.6 * whole[0].total
+    (said,) = advice(recipe, whole, again.total, 1)
+    assert "stages.0.recompute=true" in said
+    (said,) = advice(recipe, whole, again.total - 1, 1)
+    assert "stages.0.recompute=true stages.0.gradient_accumulation=2" in said
+    (said,) = advice(recipe, whole, 1000, 1)
+    assert "shorter sequences" in said
+    assert not advice(recipe, whole, whole[0].total, 1)
+
+
+def test_what_is_shared_between_gpus() -> None:
+    parts = {"parameters": 800, "gradients": 80, "optimiser": 1600, "activations": 100, "logits": 7}
+    units = Units(root=40, largest=20)
+    assert shared_out(parts, units, 60, Ranks(shards=8)) == {
+        "parameters": 100 + 80, "gradients": 10 + 20, "optimiser": 200, "activations": 100, "logits": 7,
+    }  # fmt: skip
+    assert shared_out(parts, units, 60, Ranks(shards=2, tensor=4)) == {
+        "parameters": 100 + 20, "gradients": 10 + 5, "optimiser": 200, "activations": 60 + 10, "logits": 7,
+    }  # fmt: skip
+    assert shared_out(parts, units, 60, Ranks(tensor=4))["parameters"] == 200
+
+
+def test_sequences_must_divide_among_gpus(tmp_path: Path) -> None:
+    recipe = recipe_of(spec_of(2), tmp_path, STAGES["recompute"])
+    with pytest.raises(ValueError, match="2 sequences a step cannot be split"):
+        estimate(recipe, gpus=3)
+    with pytest.raises(ValueError, match="there is no config"):
+        estimate(recipe.model_copy(update={"model": "/nowhere"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "gigabytes", "memory"),
+    [("laptop", None, 6, "smollm2-135m"), ("smollm2-135m", 1, 24, None), ("1.5b", 1, 80, None), ("8b", 8, 80, None)],
+)
+def test_shipped_recipes_fit(name: str, gpus: int | None, gigabytes: int, memory: str | None) -> None:
+    model = RECIPES / (memory or name) / "model.yaml"
+    recipe = load_recipe(RECIPES / name / "train.yaml", [f"model={model}", "compile=false"])
+    for stage in estimate(recipe, gpus):
+        assert 0.02 * gigabytes < stage.total / 1e9 < gigabytes
+
+
+def test_long_sequences_on_one_gpu(tmp_path: Path) -> None:
+    """A window's tokens and the chunks of recurrences: nothing grows with the square of a sequence."""
+    more = {"batch_size": 1, "compile": False, "loss_chunk": 2**15}
+    short, long = (
+        estimate(recipe_of(spec_of(2), tmp_path, STAGES["recompute"], sequence_length=length, **more), gpus=1)
+        for length in (2**15, 2**17)
+    )
+    assert long[0].total < 4.1 * short[0].total
+
+
+def test_the_command_prints_a_table_and_starts_nothing(tmp_path: Path) -> None:
+    recipe = recipe_of(spec_of(2), tmp_path, STAGES["layerwise"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    shown = CliRunner().invoke(app, ["train", str(path), "--estimate", "--memory", "0.0001"])
+    assert shown.exit_code == 0, shown.output
+    assert "layerwise" in shown.output
+    assert "optimiser" in shown.output
+    assert "the device has" in shown.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_an_estimate_takes_gpus(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("{model: nowhere, output: run, stages: [{type: stochastic, steps: 1}]}")
+    shown = CliRunner().invoke(app, ["train", str(path), "--gpus", "2"])
+    assert shown.exit_code == 2
+
+
+def test_a_kernel_without_a_footprint_is_refused() -> None:
+    assert stand_in("some.package:kernel") is None
+    with standing_in(lambda operations: None), pytest.raises(ValueError, match="nothing declares its footprint"):
+        stand_in("some.package:kernel")
+
+
+def test_a_stand_in_takes_what_it_declares() -> None:
+    tracker = Tracker()
+    with tracker, standing_in(tracker.count):
+        x = torch.empty(100, dtype=torch.uint8).float().requires_grad_()
+        output = run_stand_in(
+            lambda x: Footprint((torch.empty_like(x),), (x,), kept=1000, forward=5000, backward=9000, flops=3), x
+        )
+        assert tracker.total == 800 + 1000
+        assert tracker.peak == 800 + 1000 + 5000
+        output.sum().backward()
+    assert tracker.peak >= 800 + 1000 + 9000
+    assert tracker.operations == 9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["layerwise", "stochastic", "recompute"])
+@pytest.mark.parametrize("length", [1024, 32768])
+def test_an_estimate_is_near_what_a_gpu_takes(name: str, compiled: bool, length: int, tmp_path: Path) -> None:
+    heads = {"heads": 8, "kv_heads": 4, "head_dim": 64, "rotary": {"theta": 1e4}}
+    mixers = {
+        "attention": {"type": "attention", **heads},
+        "window": {"type": "attention", **heads, "window": 128},
+        "gdn": {"type": "gated_delta_net", "key_heads": 8, "key_dim": 64},
+        "kda": {"type": "kimi_delta_attention", "heads": 8, "head_dim": 64},
+    }
+    spec = supernet_spec(6, mixers, vocab_size=32000, hidden_size=512)
+    more = {"device": "cuda", "compile": compiled, "cuda_graphs": False, "loss_chunk": 2048}
+    rows = max(1, 8192 // length)
+    recipe = recipe_of(spec, tmp_path, STAGES[name], sequence_length=length, batch_size=rows, **more)
+    model = GearshiftForCausalLM(GearshiftConfig(spec)).cuda()
+    sequences = TokenSequences(torch.randint(spec.vocab_size, (4, length)))
+    runner = Distiller(model, sequences, recipe)
+    first = next(records := runner.run())  # compiles and tunes kernels, which takes memory of its own
+    torch.cuda.reset_peak_memory_stats()
+    assert [first, *records]
+    assert estimate(recipe)[0].total == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
