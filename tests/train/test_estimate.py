@@ -101,6 +101,7 @@ def test_a_few_layers_tell_of_all(name: str, compiled: bool, tmp_path: Path, mon
     assert few.operations == pytest.approx(every.operations, rel=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("compiled", "layerwise", "stochastic"), [(True, 3.5, 13.0), (False, 3.9, 20.0)])
 def test_what_an_h200_took(compiled: bool, layerwise: float, stochastic: float) -> None:
     """GB, measured by torch.cuda.max_memory_allocated with flash-linear-attention 0.6.0 and without CUDA graphs."""
@@ -148,7 +149,12 @@ def test_sequences_must_divide_among_gpus(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "gpus", "gigabytes", "memory"),
-    [("laptop", None, 6, "smollm2-135m"), ("smollm2-135m", 1, 24, None), ("1.5b", 1, 80, None), ("8b", 8, 80, None)],
+    [
+        pytest.param("laptop", None, 6, "smollm2-135m", marks=pytest.mark.slow),
+        pytest.param("smollm2-135m", 1, 24, None, marks=pytest.mark.slow),
+        ("1.5b", 1, 80, None),
+        ("8b", 8, 80, None),
+    ],
 )
 def test_shipped_recipes_fit(name: str, gpus: int | None, gigabytes: int, memory: str | None) -> None:
     model = RECIPES / (memory or name) / "model.yaml"

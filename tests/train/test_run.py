@@ -160,6 +160,8 @@ def test_the_weights_keep_the_dtype_they_came_in(source: Path, tmp_path: Path) -
     ("changes", "sentence"),
     [
         ({"seed": 1}, "holds a run of another recipe: there, 'seed' was 0, not 1"),
+        ({"stages": [STAGES[0], {**STAGES[1], "steps": 9}]}, r"there, 'stages\.1\.steps' was \d+, not 9;"),
+        ({"model": "nowhere", "output": "{new}"}, "there is no model at nowhere: the folder does not exist"),
         ({"model": "/nowhere/model", "output": "{new}"}, "there is no model at /nowhere/model"),
         ({"text": "/nowhere.txt", "output": "{new}"}, "no text at /nowhere.txt"),
         ({"sequence_length": 100_000, "output": "{new}"}, "the text is too short: 900 tokens do not make one"),

@@ -248,7 +248,7 @@ class Distiller:
         tensor = first_bad_tensor(self.model, self.teacher, again)
         return TrainingDivergedError(
             f"{what} at step {self.progress.step} of stage {self.progress.stage} ({where}). The first bad tensor:"
-            f" {tensor}. Nothing of the step is kept, and the last checkpoint is good. If the model came with bad"
+            f" {tensor}. Nothing of the step is kept, and no checkpoint has any of it. If the model came with bad"
             " values, mend it; else begin a run with a lower learning rate"
         )
 

@@ -1,6 +1,7 @@
 """A training run: from a recipe to a folder with a trained model, through interruptions."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 from gearshift.data import Corpus, TokenSequences, open_chats, open_corpus, read_text
 from gearshift.formats import FORMATS, NativeConfig
 from gearshift.formats.documents import read_json, write_json
-from gearshift.model import GearshiftForCausalLM
+from gearshift.model import GearshiftConfig, GearshiftForCausalLM
 from gearshift.train.checkpoint import Checkpoints, replacing
 from gearshift.train.engine import Precision
 from gearshift.train.guard import TrainingDivergedError
@@ -37,6 +38,9 @@ MAY_CHANGE = {
     "cuda_graphs",
 }
 """What a resumed run may say otherwise than the run that it goes on with: nothing that decides what is learnt."""
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+"""A model on the hub: `organisation/name`."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +161,11 @@ def _divided(corpus: Corpus | None, held_out: int) -> tuple[Corpus | None, Token
 
 def _load(folder: str) -> GearshiftForCausalLM:
     """A model as it was stored, on the CPU."""
-    if not Path(folder).exists() and Path(folder).is_absolute():
+    if not Path(folder).exists() and not HUB_NAME.fullmatch(folder):
         raise ValueError(f"there is no model at {folder}: the folder does not exist")
+    config = Path(folder) / "config.json"
+    if config.is_file() and read_json(config).get("model_type") != GearshiftConfig.model_type:
+        raise ValueError(f"{folder} is no Gearshift model: make one of it with `gearshift convert {folder} OUT`")
     try:
         return GearshiftForCausalLM.from_pretrained(folder, dtype="auto")
     except OSError as error:
@@ -206,10 +213,21 @@ def _check_same_recipe(recipe: Recipe, output: Path) -> None:
     before, now = json.loads(path.read_text())["recipe"], recipe.model_dump(mode="json")
     for key in now.keys() - MAY_CHANGE:
         if before.get(key) != now[key]:
+            where, was, is_now = _difference(key, before.get(key), now[key])
             raise ValueError(
-                f"{output} holds a run of another recipe: there, {key!r} was {before.get(key)!r}, not {now[key]!r};"
+                f"{output} holds a run of another recipe: there, {where!r} was {was!r}, not {is_now!r};"
                 " choose another output folder, or remove this one to start over"
             )
+
+
+def _difference(where: str, was: Any, is_now: Any) -> tuple[str, Any, Any]:
+    """The first place in two settings, `where` them, that differs, and what stands there."""
+    if isinstance(was, list) and isinstance(is_now, list) and len(was) == len(is_now):
+        was, is_now = dict(enumerate(was)), dict(enumerate(is_now))
+    if not isinstance(was, dict) or not isinstance(is_now, dict) or was.keys() != is_now.keys():
+        return where, was, is_now
+    key = next(key for key in was if was[key] != is_now[key])
+    return _difference(f"{where}.{key}", was[key], is_now[key])
 
 
 def _claim(recipe: Recipe, output: Path, text: str) -> None:
