@@ -4,7 +4,7 @@
 
 MODEL is a supernet folder, or a checkpoint that the quickstart's surgery is applied to in memory. TRAIN is a file or a
 folder of text, FILE text that is not in it. Forward KL to the teacher, in nats a token, is the mean over the files, up
-to 32 sequences of each. The first eight steps of a stage compile, tune and record kernels: each counts as the median.
+to 32 sequences of each. Every step counts as the median one: the first compile, tune and record kernels.
 """
 
 import argparse
@@ -24,8 +24,6 @@ from gearshift.train.sampling import UniformSampling
 
 RANDOM = 8
 """Random placements that are judged."""
-COMPILING = 8
-"""Steps at a stage's start whose time is taken to be the median's."""
 
 
 def judged(model: GearshiftForCausalLM) -> dict[str, list[Placement]]:
@@ -53,13 +51,13 @@ def divergences(model: GearshiftForCausalLM, held_out: list[TokenSequences]) -> 
 
 
 def seconds(records: list[StepRecord]) -> dict[str, tuple[float, float, int]]:
-    """Stage -> the median time of a step, the time of all steps, and the tokens of a step."""
+    """Stage -> the median time of a step, that of as many steps as it had, and the tokens of a step."""
     taken: dict[str, tuple[float, float, int]] = {}
     for stage in dict.fromkeys(record.type for record in records):
         times = [record.seconds for record in records if record.type == stage]
-        median = statistics.median(times[COMPILING:] or times)
+        median = statistics.median(times)
         tokens = next(record.tokens for record in records if record.type == stage)
-        taken[stage] = median, sum(times[COMPILING:]) + median * min(COMPILING, len(times)), tokens
+        taken[stage] = median, median * len(times), tokens
     return taken
 
 

@@ -78,7 +78,9 @@ def measure(options: argparse.Namespace) -> None:
         data = TokenSequences(torch.randint(model.spec.vocab_size, shape, generator=generator))
         for stage in ({"type": "layerwise", "calibration": "none"}, {"type": "stochastic"}):
             stages = ({**stage, "steps": options.steps + SKIPPED},)
-            settings = DistillationSettings.model_validate({"stages": stages, "batch_size": size})
+            settings = DistillationSettings.model_validate(
+                {"stages": stages, "batch_size": size, "compile": False, "cuda_graphs": False}
+            )
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             records = [
