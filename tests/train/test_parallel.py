@@ -17,7 +17,7 @@ from gearshift.data import TokenSequences
 from gearshift.train import Callback, DistillationSettings, Distiller, ParallelSettings, Record, StepRecord, train
 from gearshift.train.checkpoint import Checkpoints
 from gearshift.train.losses import activation_error
-from gearshift.train.parallel import parallelise, process_group
+from gearshift.train.parallel import ALONE, parallelise, process_group
 from gearshift.train.parallel.processes import mesh_sizes
 from gearshift.train.parallel.split import check_splits
 from tests.models import ATTENTION, supernet, supernet_spec, tokens
@@ -340,3 +340,25 @@ def _refused(settings: Any, folder: Path) -> None:
         train(settings)
     except ValueError as error:
         (folder / os.environ["RANK"]).write_text(str(error))
+
+
+def test_every_counted_token_weighs_the_same_on_several_processes() -> None:
+    """Although the processes' rows, and the parts of a step, hold different numbers of them."""
+    run_processes(2, _check_sft, _sft_curve())
+
+
+def _check_sft(expected: list[float]) -> None:
+    with process_group():
+        assert _sft_curve(shared=True) == pytest.approx(expected, rel=1e-5)
+
+
+def _sft_curve(shared: bool = False) -> list[float]:
+    model = supernet(layers=2)
+    arrangement = placed(model) if shared else ALONE
+    counted = torch.arange(12)[None] >= torch.tensor([11, 2, 9, 1, 10, 4, 11, 3])[:, None]
+    settings = DistillationSettings(
+        stages=[{"type": "sft", "steps": 3, "learning_rate": 1e-2}], batch_size=4, gradient_accumulation=2
+    )
+    chats = TokenSequences(tokens(8, 12), counted=counted)
+    distiller = Distiller(model, None, settings, chats=chats, parallel=arrangement)
+    return [record.loss for record in distiller.run() if isinstance(record, StepRecord)]
