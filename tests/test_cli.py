@@ -122,7 +122,10 @@ def test_a_run_that_diverges_says_where_in_one_line(work: Path, tmp_path: Path) 
     assert "The first bad tensor: the output of model.layers." in shown.output
     assert shown.output.count("\n") == 1
     assert not (tmp_path / "run" / "model").exists()
-    assert "of 9 steps done" in succeed("report", tmp_path / "run").output
+    said = " ".join(succeed("report", tmp_path / "run").output.split())
+    assert "of 9 steps (" in said
+    assert "Stopped after " in said
+    assert "The first bad tensor: the output of model.layers." in said
 
 
 def test_search_names_presets_and_export_and_generate_use_them(work: Path, tmp_path: Path) -> None:

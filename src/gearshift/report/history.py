@@ -22,6 +22,7 @@ KNOWN = {
     "step": {"global_step", "loss", "terms", "learning_rate", "gradient_norm", "tokens", "seconds"},
     "calibration": {"before", "after", "seconds"},
     "stage_end": set[str](),
+    "stopped": {"reason"},
 }
 """Kind of record -> what is asked of it beside its place in the run."""
 HELD_OUT = {
@@ -114,6 +115,8 @@ class RunHistory:
     """Whether its model is written."""
     written: datetime
     """When its record last grew, local time."""
+    stopped: str | None = None
+    """Why it stopped by itself, None if it did not."""
 
     @property
     def done(self) -> int:
@@ -176,7 +179,9 @@ def read_history(folder: Path | str) -> RunHistory:
     recipe = _understood(folder / "recipe.json", _recipe)
     stages = _understood(path, lambda path: _stages(records, recipe))
     finished = (folder / "model").exists()
-    return RunHistory(folder, recipe, stages, unknown, finished, datetime.fromtimestamp(path.stat().st_mtime))
+    written = datetime.fromtimestamp(path.stat().st_mtime)
+    stopped = records[-1]["reason"] if records[-1]["event"] == "stopped" else None
+    return RunHistory(folder, recipe, stages, unknown, finished, written, stopped)
 
 
 def stage_of(name: str, steps: Sequence[Mapping[str, Any]]) -> Stage:

@@ -64,6 +64,8 @@ def status(history: RunHistory) -> str:
     share = percent(history.done / history.planned) if history.planned else "all"
     if history.finished:
         return f"Finished: {plural(history.done, 'step')}."
+    if history.stopped is not None:
+        return f"Stopped after {history.done:,} of {plural(history.planned, 'step')} ({share}): {history.stopped}."
     left = "" if history.seconds_left is None else f", {duration(history.seconds_left)} left at the present pace"
     return (
         f"{history.done:,} of {plural(history.planned, 'step')} done ({share}){left}. "

@@ -96,6 +96,18 @@ class StageEndRecord(Record):
         return "stage_end"
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoppedRecord(Record):
+    """The run has stopped by itself in this step, of which nothing is kept."""
+
+    reason: str
+    """What went wrong, in a sentence."""
+
+    @property
+    def event(self) -> str:
+        return "stopped"
+
+
 def step_progress(advance: Callable[[float], None]) -> Callable[[Record], None]:
     """For `on_record`: calls `advance` with the steps done since the last record; at first, with those done before."""
     done = 0

@@ -19,7 +19,7 @@ from gearshift.train.checkpoint import Checkpoints, replacing
 from gearshift.train.engine import Precision
 from gearshift.train.guard import TrainingDivergedError
 from gearshift.train.loop import Distiller
-from gearshift.train.metrics import Callback, JsonLines, Record, StageEndRecord, StepRecord
+from gearshift.train.metrics import Callback, JsonLines, Record, StageEndRecord, StepRecord, StoppedRecord
 from gearshift.train.parallel import ALONE, Parallel, parallelise, process_group
 from gearshift.train.recipe import Recipe
 from gearshift.train.trackers import check_trackers, make_trackers
@@ -109,6 +109,9 @@ def _train(recipe: Recipe, progress: Callable[[Record], None] | None, callbacks:
         # Interrupted, some of several may be gone by now, and with them their parts of it.
         if parallel is ALONE or isinstance(error, TrainingDivergedError):
             checkpoints.wait()
+        if isinstance(error, TrainingDivergedError):
+            for taker in takers:
+                taker.on_record(_stopped(distiller, str(error)))
         raise
     finally:
         for taker in takers:
@@ -117,6 +120,14 @@ def _train(recipe: Recipe, progress: Callable[[Record], None] | None, callbacks:
     parallel.once(lambda: _write(distiller.model, weights, tokenizer, finished))
     parallel.once(checkpoints.remove)
     return TrainResult(finished, recipe.total_steps - at, at if resumed else None)
+
+
+def _stopped(distiller: Distiller, reason: str) -> StoppedRecord:
+    progress = distiller.progress
+    kind = distiller.settings.stages[progress.stage].type
+    return StoppedRecord(
+        stage=progress.stage, type=kind, step=progress.step, global_step=distiller.global_step, reason=reason
+    )
 
 
 def _is_due(record: Record, every: int) -> bool:
