@@ -148,7 +148,7 @@ def train(
                 result = run_recipe(settings, step_progress(advance))
             except TrainingDivergedError as error:
                 if first:
-                    err.print(str(error), soft_wrap=True, highlight=False, markup=False)
+                    err.print(f"gearshift: {error}", soft_wrap=True, highlight=False, markup=False)
                 raise typer.Exit(1) from None
     if not first:
         return
