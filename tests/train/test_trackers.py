@@ -54,7 +54,7 @@ def tell(tracker: Tracker, records: list[Record]) -> None:
 def test_every_mixer_of_every_layer_has_its_curves(tmp_path: Path) -> None:
     tracker = Kept(tmp_path, 2, {}, [])
     tell(tracker, RECORDS)
-    assert [place for place, _ in tracker.points] == [0, 2, 4, 4, 6]
+    assert [place for place, _ in tracker.points] == [0, 2, 3, 4, 6]
     layerwise, _, held_out, first, last = (curves for _, curves in tracker.points)
     rates = {"learning rate": 0.1, "gradient norm": 3.0, "tokens a second": 20.0}
     layers = {"layers/kda/00": 0.25, "layers/gdn/00": 0.5, "layers/gdn/01": 0.75}
@@ -103,6 +103,20 @@ def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
     assert {"mixers/gdn", "layers/kda/00", "times sampled/kda/01", "held out/loss"} <= set(events.Tags()["scalars"])
 
 
+def test_tensorboard_keeps_what_a_stage_ended_on(tmp_path: Path) -> None:
+    """When a run goes on right behind it."""
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    record = JsonLines(tmp_path / "metrics.jsonl")
+    for part in (RECORDS[:5], RECORDS[5:]):
+        tracker = make_trackers(["tensorboard"], tmp_path, 1, {})[0]
+        tell(tracker, part)
+        for each in part:
+            record.on_record(each)
+    events = accumulators.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("held out/loss")] == pytest.approx([0.4])
+    assert [event.step for event in events.Scalars("gradient norm")] == list(range(7))
+
+
 class StandIn(ModuleType):
     """A module like wandb or trackio, as far as a run uses it: keeps what it is told. No test of the real ones."""
 
@@ -134,7 +148,7 @@ def test_a_tracker_with_runs_is_told_of_one_run(name: str, tmp_path: Path, monke
     assert (first["project"], first["config"], first["resume"]) == ("gearshift", {"seed": 3}, "allow")
     assert first["name"].startswith(tmp_path.name)
     told = [call for call in module.told if call != (("*",), "step")]
-    assert [call[0] for call in told] == [2, 4, 4, 6, "finished"] * 2
+    assert [call[0] for call in told] == [2, 3, 4, 6, "finished"] * 2
     assert told[0][1]["layers/kda/00"] == 0.25
 
 

@@ -56,7 +56,8 @@ class Tracker(Callback):
             if record.global_step % self.every == 0:
                 self.log(step_curves(record, self._tally), record.global_step)
         elif isinstance(record, StageEndRecord) and record.held_out:
-            self.log(_named("held out", record.held_out), record.global_step)
+            # At the stage's last step: a run that goes on from there hides what stands at the next one.
+            self.log(_named("held out", record.held_out), max(0, record.global_step - 1))
 
     @abstractmethod
     def open(self, output: Path, config: Mapping[str, Any], next_step: int) -> None:
