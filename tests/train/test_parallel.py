@@ -101,7 +101,7 @@ def test_checkpoints_in_the_background(run, alone, tmp_path, monkeypatch, world)
     work = (run(whole), None, [Copy(whole, killed)])
     train(*work) if world == 1 else run_processes(world, train, *work)
     check_same(whole, alone)
-    # The one of step 2 was put into its place when the one of the end of the stage was due, which came right behind.
+    # The one of step 2, and the one of its stage's end right behind it, take their places when they are written.
     assert train(run(killed)).resumed_at == 2
     check_same(killed, alone)
 
