@@ -1,5 +1,6 @@
 """The command line from outside: every verb, every kind of bad input, Ctrl-C."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -213,6 +214,27 @@ def test_bad_input_is_one_sentence_and_changes_nothing(
     assert listing(work) == before
     if "quickstart" not in args:
         assert listing(tmp_path) == set()
+
+
+def test_a_full_disk_is_a_sentence(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("gearshift.train.metrics.JsonLines.on_record", full)
+    recipe = {
+        "model": str(work / "supernet"),
+        "output": str(tmp_path / "run"),
+        "text": str(work / "text.txt"),
+        "sequence_length": 32,
+        "batch_size": 2,
+        "device": "cpu",
+        "stages": [{"type": "stochastic", "steps": 1}],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    shown = gearshift("train", tmp_path / "recipe.yaml")
+    assert shown.exit_code == 2
+    wanted = "no space is left on a disk that is written to: free some and run the same again"
+    assert wanted in " ".join(shown.output.split())
 
 
 def test_ctrl_c_at_any_time_exits_130(work: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ norms outside the mixers and the head lie on every process whole.
 This package alone reads those tables, and beside `train.checkpoint` it alone names torch.distributed.
 """
 
-from gearshift.train.parallel.alone import ALONE, Parallel
+from gearshift.train.parallel.base import ALONE, Parallel
 from gearshift.train.parallel.launch import process_group
 from gearshift.train.parallel.processes import parallelise
 

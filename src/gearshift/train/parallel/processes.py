@@ -21,7 +21,7 @@ from gearshift.data import Batch
 from gearshift.model import GearshiftForCausalLM
 from gearshift.model.block import Block, StochasticMixer
 from gearshift.spec import Placement
-from gearshift.train.parallel.alone import ALONE, Gradients, Parallel, T
+from gearshift.train.parallel.base import ALONE, Gradients, Parallel, T
 from gearshift.train.parallel.split import check_splits, split, summed
 from gearshift.train.recipe import DistillationSettings, ParallelSettings
 
