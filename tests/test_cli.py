@@ -86,17 +86,25 @@ def test_eval_takes_several_placements_in_any_order(work: Path) -> None:
     assert "divergence" in table.output
 
 
-def test_train_resumes_and_finishes(work: Path, tmp_path: Path) -> None:
-    recipe = {
+def recipe(work: Path, folder: Path, *stages: dict[str, object]) -> Path:
+    """A recipe for a run in `folder`."""
+    settings = {
         "model": str(work / "supernet"),
-        "output": str(tmp_path / "run"),
+        "output": str(folder / "run"),
         "text": str(work / "text.txt"),
         "sequence_length": 32,
         "batch_size": 2,
-        "stages": [{"type": "layerwise", "steps": 9}, {"type": "stochastic", "steps": 2}],
+        "device": "cpu",
+        "stages": list(stages),
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    shown = succeed("train", tmp_path / "recipe.yaml", "stages.0.steps=2", "seed=3").output
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_train_resumes_and_finishes(work: Path, tmp_path: Path) -> None:
+    stages = {"type": "layerwise", "steps": 9}, {"type": "stochastic", "steps": 2}
+    shown = succeed("train", recipe(work, tmp_path, *stages), "stages.0.steps=2", "seed=3").output
     assert "4 steps" in shown
     assert "finished before" in succeed("train", tmp_path / "recipe.yaml", "stages.0.steps=2", "seed=3").output
     run = yaml.safe_load((tmp_path / "recipe.yaml").read_text())["output"]
@@ -108,17 +116,7 @@ def test_train_resumes_and_finishes(work: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_diverges_says_where_in_one_line(work: Path, tmp_path: Path) -> None:
-    recipe = {
-        "model": str(work / "supernet"),
-        "output": str(tmp_path / "run"),
-        "text": str(work / "text.txt"),
-        "sequence_length": 32,
-        "batch_size": 2,
-        "device": "cpu",
-        "stages": [{"type": "layerwise", "steps": 9, "learning_rate": 1e30}],
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    shown = gearshift("train", tmp_path / "recipe.yaml")
+    shown = gearshift("train", recipe(work, tmp_path, {"type": "layerwise", "steps": 9, "learning_rate": 1e30}))
     assert shown.exit_code == 1
     assert "The first bad tensor: the output of model.layers." in shown.output
     assert shown.output.count("\n") == 1
@@ -221,17 +219,7 @@ def test_a_full_disk_is_a_sentence(work: Path, tmp_path: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("gearshift.train.metrics.JsonLines.on_record", full)
-    recipe = {
-        "model": str(work / "supernet"),
-        "output": str(tmp_path / "run"),
-        "text": str(work / "text.txt"),
-        "sequence_length": 32,
-        "batch_size": 2,
-        "device": "cpu",
-        "stages": [{"type": "stochastic", "steps": 1}],
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    shown = gearshift("train", tmp_path / "recipe.yaml")
+    shown = gearshift("train", recipe(work, tmp_path, {"type": "stochastic", "steps": 1}))
     assert shown.exit_code == 2
     wanted = "no space is left on a disk that is written to: free some and run the same again"
     assert wanted in " ".join(shown.output.split())
