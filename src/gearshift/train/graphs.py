@@ -137,11 +137,7 @@ class GraphedLayers:
         return [parameter for parameter in mixer.parameters() if parameter.requires_grad]
 
     def _record(self, layer: int, name: str) -> _Recorded:
-        block = self.model.model.blocks[layer]
-        parameters = self._learning(layer, name)
-        sizes = [parameter.numel() for parameter in parameters]
-        shares = self._gradients[layer][: sum(sizes)].split(sizes) if sizes else ()
-        gradients = [share.view_as(parameter) for share, parameter in zip(shares, parameters, strict=True)]
+        block, learning = self.model.model.blocks[layer], self._learning(layer, name)
         read = self._hidden[layer].detach().requires_grad_()
         incoming, outgoing = self._upstream[(layer + 1) % 2], self._upstream[layer % 2]
 
@@ -152,7 +148,11 @@ class GraphedLayers:
 
         with _side_stream():
             for _ in range(WARM_UP):
-                torch.autograd.grad(run(), [read, *parameters], incoming)
+                tried = torch.autograd.grad(run(), [read, *learning], incoming, allow_unused=True)
+        parameters = [parameter for parameter, found in zip(learning, tried[1:], strict=True) if found is not None]
+        sizes = [parameter.numel() for parameter in parameters]
+        shares = self._gradients[layer][: sum(sizes)].split(sizes) if sizes else ()
+        gradients = [share.view_as(parameter) for share, parameter in zip(shares, parameters, strict=True)]
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with _recording(forward, self._pools[layer]):
             made = run()
