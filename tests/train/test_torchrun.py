@@ -41,7 +41,9 @@ def check_restart(source: Path, tmp_path: Path, **more: Any) -> None:
     ended = torchrun("--max-restarts", "1", script, tmp_path / "killed", "train", path)
     assert (tmp_path / "killed").exists()
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("gearshift: another process of this job has ended") == 1
+    # torchrun says which and how; the other one says that one has ended, unless torchrun was faster to end it.
+    assert "failed (exitcode: -9) local_rank: 1" in ended.stderr
+    assert ended.stderr.count("gearshift: another process of this job has ended") <= 1
     assert "Traceback" not in ended.stderr
     assert ended.stdout.split() == f"{tmp_path}/run/model: 2 steps, resumed at step 2".split()
     train(recipe(source, tmp_path / "alone", stages=STAGES, **more))
