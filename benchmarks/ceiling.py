@@ -16,16 +16,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from training import WARM_UP, step_seconds
 
 from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec
 from gearshift.data import TokenSequences
 from gearshift.formats.spec_file import read_spec
 from gearshift.spec import StochasticMixerSpec
-from gearshift.train import LayerwiseStage, PresetSampling, Recipe, StepRecord, StochasticStage, distil
+from gearshift.train import LayerwiseStage, PresetSampling, Recipe, StochasticStage
 from gearshift.train.estimate import estimate
-
-WARM_UP = {"layerwise": 6, "stochastic": 25}
-"""Steps that are not timed: they compile, tune and record kernels."""
 
 
 def ceiling(device: torch.device, size: int) -> float:
@@ -47,23 +45,16 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def step_seconds(spec: ModelSpec, recipe: Recipe, device: torch.device) -> float:
+def timed(spec: ModelSpec, recipe: Recipe, device: torch.device) -> float:
     """The median time of a step of the recipe's only stage, on random weights."""
     with device:
         torch.manual_seed(0)
         model = GearshiftForCausalLM(GearshiftConfig(spec))
     stage = recipe.stages[0]
     warm_up = WARM_UP[stage.type] if device.type == "cuda" else 1
-    longer = stage.model_copy(update={"steps": stage.steps + warm_up})
+    longer = stage.model_copy(update={"steps": stage.steps + warm_up, "batch_size": recipe.batch_size})
     text = TokenSequences(torch.randint(spec.vocab_size, (4 * recipe.batch_size, recipe.sequence_length)))
-    times: list[float] = []
-
-    def watch(record: object) -> None:
-        if isinstance(record, StepRecord):
-            times.append(record.seconds)
-
-    distil(model, text, recipe.model_copy(update={"stages": (longer,)}), watch)
-    return statistics.median(times[warm_up:])
+    return step_seconds(model, longer, text, warm_up, {})
 
 
 def with_mixers(spec: ModelSpec, names: set[str]) -> ModelSpec:
@@ -97,7 +88,7 @@ def main() -> None:
     tokens = options.length * options.batch
     for stage in (LayerwiseStage(calibration="none", steps=options.steps), StochasticStage(steps=options.steps)):
         recipe = Recipe(model=options.model, output="-", stages=(stage,), **sizes)
-        seconds, operations = step_seconds(spec, recipe, device), estimate(recipe)[0].operations
+        seconds, operations = timed(spec, recipe, device), estimate(recipe)[0].operations
         rate = operations / seconds
         row = (f"{seconds:.3f}", f"{tokens / seconds:,.0f}", f"{rate / 1e12:,.1f}", f"{rate / most:.0%}")
         rates.add_row(stage.type, *row)
@@ -107,7 +98,7 @@ def main() -> None:
     assert isinstance(mixer, StochasticMixerSpec)
     for name in [name for name in mixer.mixers if name != mixer.main]:
         recipe = Recipe(model=options.model, output="-", stages=(always(name, options.steps),), **sizes)
-        whole, alone = (step_seconds(s, recipe, device) for s in (spec, with_mixers(spec, {name, mixer.main})))
+        whole, alone = (timed(s, recipe, device) for s in (spec, with_mixers(spec, {name, mixer.main})))
         costs.add_row(name, f"{whole:.3f}", f"{alone:.3f}", f"{whole / alone:.2f}")
     Console(width=100).print(costs)
 

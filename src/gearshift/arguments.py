@@ -1,6 +1,5 @@
 """What the command line needs beyond typer: options that take several values, errors as sentences, exit codes."""
 
-import errno
 import sys
 import warnings
 from pathlib import Path
@@ -12,8 +11,6 @@ from transformers.utils.logging import disable_progress_bar
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
 INPUT_AT_FAULT, INTERRUPTED = 2, 130
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-"""What a full disk, or one's share of it, is called."""
 _PACKAGE = Path(__file__).parent
 
 
@@ -80,6 +77,8 @@ def _grouped(args: list[str], options: dict[str, TyperOption]) -> list[tuple[str
 
 def sentence(error: Exception) -> str:
     """An error in one sentence, for a person."""
+    from gearshift.formats.writer import NO_SPACE  # of no use before something went wrong
+
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         where = f" for {error.filename}" if error.filename else " on a disk that is written to"
         return f"no space is left{where}: free some and run the same again"

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from gearshift import GearshiftForCausalLM
@@ -268,21 +267,15 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A supernet with a tokenizer that has no chat template, a text, chats, and a template."""
-    folder = tmp_path_factory.mktemp("source")
-    supernet(layers=2).save_pretrained(folder / "model")
-    letters = Tokenizer(models.WordLevel({chr(32 + index): index for index in range(61)}, unk_token=" "))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=letters, unk_token=" ").save_pretrained(folder / "model")
-    (folder / "text.txt").write_text("THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG. " * 20)
-    (folder / "template.jinja").write_text(TEMPLATE)
+def source(source: Path) -> Path:
+    """The folder of other runs, whose tokenizer has no chat template, with chats and a template beside the text."""
+    (source / "template.jinja").write_text(TEMPLATE)
     rows = [
         [{"role": "user", "content": f"ADD {n} TO {n}"}, {"role": "assistant", "content": f"THAT IS {2 * n}."}]
         for n in range(40)
     ]
-    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    return folder
+    (source / "chats.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return source
 
 
 def recipe(source: Path, output: Path, **more) -> Recipe:

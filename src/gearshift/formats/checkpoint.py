@@ -22,7 +22,8 @@ from gearshift.plan.execute import Source
 from gearshift.spec.parts import DTYPE_BYTES
 from gearshift.spec.placement import MOST_LAYERS
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+"""A model on the hub: `organisation/name`."""
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model")
 _SPECS = (".yaml", ".yml", ".json")
 _WEIGHTS = (SAFETENSORS.suffix, PICKLE.suffix, ".pt", ".pth", ".ckpt")
@@ -89,7 +90,7 @@ def _open(source: str | Path, allow_pickle: bool) -> Checkpoint:
         if path.suffix not in _WEIGHTS and path.name != CONFIG:
             raise ValueError(f"{path} is neither a model folder nor a .gguf, .safetensors, .yaml or .json file")
         return _open_folder(path.parent, path.parent.resolve().name, allow_pickle, _alone(path))
-    if _HUB_NAME.fullmatch(str(source)):
+    if HUB_NAME.fullmatch(str(source)):
         return _open_folder(_download(str(source), allow_pickle), str(source), allow_pickle)
     raise FileNotFoundError(f"there is no {source}: name a model folder, a .gguf file or a hub model such as org/name")
 

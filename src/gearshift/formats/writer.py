@@ -13,7 +13,8 @@ from gearshift.plan.execute import PROGRESS_FILE, Source, execute
 SHARD_BYTES = 5_000_000_000
 _SLACK_BYTES = 50_000_000
 """Beside the tensors: headers, config, tokenizer."""
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""What a full disk, or one's share of it, is called."""
 
 
 def write_checkpoint(
@@ -64,7 +65,7 @@ def write_checkpoint(
             fingerprint=fingerprint,
         )
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        if error.errno not in NO_SPACE:
             raise
         raise ValueError(
             f"no space is left for {out}: free some and run the same again to go on, or remove {partial}"

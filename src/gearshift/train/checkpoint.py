@@ -93,7 +93,7 @@ class Checkpoints:
             return False
         written = _names(path)
         state = _weights(distiller)
-        if learnt(path) != distiller.scales.keys():
+        if _learnt(written) != distiller.scales.keys():
             raise ValueError(f"the checkpoint {path} holds other parameters than those that learn in this run")
         parameters = {name: p for name, p in distiller.model.named_parameters() if name in distiller.scales}
         moments: dict[str, dict[str, Tensor]] = {}
@@ -127,7 +127,11 @@ class Checkpoints:
 
 def learnt(path: Path) -> set[str]:
     """The names of the parameters in the checkpoint `path`. ValueError if it cannot be read."""
-    return {name.removeprefix(WEIGHT) for name in _names(path) if name.startswith(WEIGHT)}
+    return _learnt(_names(path))
+
+
+def _learnt(names: set[str]) -> set[str]:
+    return {name.removeprefix(WEIGHT) for name in names if name.startswith(WEIGHT)}
 
 
 def read_learnt(path: Path, name: str, shape: tuple[int, ...]) -> Tensor:

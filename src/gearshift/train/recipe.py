@@ -37,7 +37,16 @@ class ScheduleSettings(Spec):
     """The rate at the stage's last step, as a share of the highest."""
 
 
-class LossWeights(Spec):
+class Weights(Spec):
+    """Weights of losses. Those at 0 are not computed, and one at least is not."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        normalised(self.model_dump(), "the losses' weights")
+        return self
+
+
+class LossWeights(Weights):
     """The weights of the stochastic stage's losses. Those at 0 are not computed."""
 
     forward_kl: Weight = 1.0
@@ -49,13 +58,8 @@ class LossWeights(Spec):
     activation: Weight = 0.0
     """Normalised error of the mixers' outputs, mean over layers, each side on its own stream of hidden states."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        normalised(self.model_dump(), "the losses' weights")
-        return self
 
-
-class ChatLossWeights(Spec):
+class ChatLossWeights(Weights):
     """The weights of the sft stage's losses, all on the assistant's tokens only. Those at 0 are not computed."""
 
     cross_entropy: Weight = 1.0
@@ -64,11 +68,6 @@ class ChatLossWeights(Spec):
     """KL(teacher | student), nats: stays near all that the teacher finds likely."""
     reverse_kl: Weight = 0.0
     """KL(student | teacher), nats: stays off what the teacher finds unlikely."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        normalised(self.model_dump(), "the losses' weights")
-        return self
 
 
 class StageSettings(Spec):

@@ -1,7 +1,6 @@
 """A training run: from a recipe to a folder with a trained model, through interruptions."""
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from gearshift.data import Corpus, TokenSequences, open_chats, open_corpus, read_text
-from gearshift.formats import FORMATS, NativeConfig
+from gearshift.formats import FORMATS, HUB_NAME, NativeConfig
 from gearshift.formats.documents import read_json, write_json
 from gearshift.model import GearshiftConfig, GearshiftForCausalLM
 from gearshift.train.checkpoint import Checkpoints, replacing
@@ -38,9 +37,6 @@ MAY_CHANGE = {
     "cuda_graphs",
 }
 """What a resumed run may say otherwise than the run that it goes on with: nothing that decides what is learnt."""
-
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-"""A model on the hub: `organisation/name`."""
 
 
 @dataclass(frozen=True)

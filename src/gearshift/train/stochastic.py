@@ -196,7 +196,7 @@ class StochasticRun(StageRun):
                     hidden,
                     context,
                     use_reentrant=False,
-                    preserve_rng_state=is_noisy(block),
+                    preserve_rng_state=self.noisy,
                 )
             else:
                 made = self.steps.run(block, name, hidden, context)

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from gearshift.mixers.attention import AttentionSpec
 from gearshift.mixers.attention.rotary import Rotary, rotate
-from gearshift.mixers.attention_mask import attention_mask, packing
+from gearshift.mixers.attention_mask import attention_mask, can_learn, packing
 from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
 from gearshift.mixers.norm import norm, norm_start
 from gearshift.plan import Constant, Initialiser, Normal
@@ -57,7 +57,7 @@ class Attention(Mixer):
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else None
 
     def supports_attention(self, function: str) -> bool:
-        return function != "flex_attention" or (self.spec.dropout == 0 and self.spec.head_dim >= 16)
+        return can_learn(function, self.spec.dropout, self.spec.head_dim)
 
     def prepare(self, context: MixContext, dtype: torch.dtype) -> None:
         if self.rotary is not None:

@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from gearshift.mixers.attention.rotary import Rotary, rotate
-from gearshift.mixers.attention_mask import attention_mask, packing
+from gearshift.mixers.attention_mask import attention_mask, can_learn, packing
 from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
 from gearshift.mixers.multi_head_latent_attention import MultiHeadLatentAttentionSpec
 from gearshift.mixers.norm import norm, norm_start
@@ -68,7 +68,7 @@ class MultiHeadLatentAttention(Mixer):
 
     def supports_attention(self, function: str) -> bool:
         narrowest = min(self.spec.qk_nope_head_dim + self.spec.qk_rope_head_dim, self.spec.v_head_dim)
-        return function != "flex_attention" or (self.spec.dropout == 0 and narrowest >= 16)
+        return can_learn(function, self.spec.dropout, narrowest)
 
     def prepare(self, context: MixContext, dtype: torch.dtype) -> None:
         if self.rotary is not None:

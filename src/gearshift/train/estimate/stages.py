@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gearshift.formats import NativeConfig
+from gearshift.formats import HUB_NAME, NativeConfig
 from gearshift.formats.spec_file import read_native
 from gearshift.model.schema import skeleton
 from gearshift.spec import ModelSpec, Placement
@@ -95,7 +95,7 @@ def model_config(name: str) -> NativeConfig:
         return read_native(path)
     if (path / "config.json").is_file():
         return read_native(path / "config.json")
-    found = None if path.is_absolute() or len(path.parts) != 2 else _from_hub(name)
+    found = _from_hub(name) if HUB_NAME.fullmatch(name) else None
     if found is None:
         raise ValueError(
             f"there is no config of {name!r}: make the model first, or give its sizes as a spec file (model=FILE.yaml)"
