@@ -1,7 +1,8 @@
 """The steps of a block, as training takes them: compiled or as they are.
 
 What stands between a mixer's core (a recurrence's kernels, an attention function) and the next one is compiled as a
-whole: norms, projections, rotations, gates, residuals and the MLP, forwards and backwards. Cores run as they are.
+whole: norms, projections, rotations, short convolutions, gates, residuals and the MLP, forwards and backwards. Cores
+run as they are.
 """
 
 from functools import partial
@@ -81,7 +82,7 @@ class CompiledSteps(BlockSteps):
 
 
 def _enter(block: Block, mixer: Mixer, hidden: Tensor, context: MixContext) -> Any:
-    return mixer.project(block.mixer_norm(hidden), context)
+    return _project(mixer, block.mixer_norm(hidden), context)
 
 
 def _norm(block: Block, hidden: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ def _norm(block: Block, hidden: Tensor) -> Tensor:
 
 
 def _project(mixer: Mixer, normed: Tensor, context: MixContext) -> Any:
-    return mixer.project(normed, context)
+    return mixer.convolve(mixer.project(normed, context), context)
 
 
 def _leave(block: Block, mixer: Mixer, hidden: Tensor, result: Any) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gearshift.mixers.activations import activation
-from gearshift.mixers.base import MixContext, Mixed, Mixer, MixerState, Sharding
-from gearshift.mixers.convolution import ShortConvolution, convolution_initialisers, run_convolutions
+from gearshift.mixers.base import MixContext, Mixed, MixerState, Sharding
+from gearshift.mixers.convolution import ConvolvingMixer, ShortConvolution, convolution_initialisers
 from gearshift.mixers.discrete_mamba2 import DiscreteMamba2Spec
 from gearshift.mixers.kernels import check_kernels
+from gearshift.mixers.projections import projected
 from gearshift.mixers.state_space_dual import state_space_dual
 from gearshift.plan import Constant, Initialiser, Normal
 
@@ -31,11 +32,14 @@ class Projected(NamedTuple):
     """[batch, tokens, value_heads], `a` of the decay exp(-softplus(a))."""
     gate: Tensor
     """[batch, tokens, value_heads * head_dim], the output gate before its activation."""
+    convolved: bool = False
+    """Whether x, b and c have passed their convolutions."""
 
 
-class DiscreteMamba2(Mixer):
+class DiscreteMamba2(ConvolvingMixer):
     """Linear attention with a decay a head between short convolutions and a gate (arXiv 2408.10189)."""
 
+    convolutions: ClassVar[dict[str, str]] = {"x": "x_conv", "b": "b_conv", "c": "c_conv"}
     sharding: ClassVar[dict[str, Sharding]] = {
         **{f"{name}.{kind}": "column" for name in PROJECTIONS[:-1] for kind in ("weight", "bias")},
         **{f"{name}.{kind}": "column" for name in CONVOLUTIONS for kind in ("weight", "bias")},
@@ -47,6 +51,7 @@ class DiscreteMamba2(Mixer):
     def __init__(self, spec: DiscreteMamba2Spec, hidden_size: int):
         super().__init__(spec, hidden_size)
         activation(spec.activation)  # an unknown one is refused when the model is built
+        self.conv_activation = spec.activation
         assert spec.key_heads is not None, "a module needs a resolved spec"
         assert spec.head_dim is not None, "a module needs a resolved spec"
         inner, shared, bias = spec.value_heads * spec.head_dim, spec.key_heads * spec.state_size, spec.projection_bias
@@ -62,20 +67,15 @@ class DiscreteMamba2(Mixer):
         self.o_proj = nn.Linear(inner, hidden_size, bias=bias)
 
     def project(self, hidden: Tensor, context: MixContext) -> Projected:
-        return Projected(
-            x=context.mask_padding(self.x_proj(hidden)),
-            b=context.mask_padding(self.b_proj(hidden)),
-            c=context.mask_padding(self.c_proj(hidden)),
-            decay=self.a_proj(hidden),
-            gate=self.gate_proj(hidden),
-        )
+        linears = (self.gate_proj, self.x_proj, self.b_proj, self.c_proj, self.a_proj)
+        gate, x, b, c, decay = projected(hidden, *linears)
+        x, b, c = map(context.mask_padding, (x, b, c))
+        return Projected(x, b, c, decay, gate)
 
     def core(self, inputs: Projected, context: MixContext, state: MixerState | None) -> Mixed:
-        convolutions = (self.x_conv, self.b_conv, self.c_conv)
-        streams = (inputs.x, inputs.b, inputs.c)
-        x, b, c = run_convolutions(streams, convolutions, context, state, self.spec.activation)
-        x = x.unflatten(-1, (-1, self.spec.head_dim))
-        b, c = (stream.unflatten(-1, (-1, self.spec.state_size)) for stream in (b, c))
+        inputs = self.convolve(inputs, context, state)
+        x = inputs.x.unflatten(-1, (-1, self.spec.head_dim))
+        b, c = (stream.unflatten(-1, (-1, self.spec.state_size)) for stream in (inputs.b, inputs.c))
         output = state_space_dual(c, b, x, -F.softplus(inputs.decay.float()), context, state)
         output = output + self.D.float()[:, None] * x
         return Mixed(output.flatten(2), inputs.gate)

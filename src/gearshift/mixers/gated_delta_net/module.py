@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from gearshift.mixers.activations import activation
-from gearshift.mixers.base import MixContext, Mixed, Mixer, MixerState, Sharding
-from gearshift.mixers.convolution import ShortConvolution, convolution_initialisers, run_convolutions
+from gearshift.mixers.base import MixContext, Mixed, MixerState, Sharding
+from gearshift.mixers.convolution import ConvolvingMixer, ShortConvolution, convolution_initialisers
 from gearshift.mixers.delta_rule import delta_rule, log_decay
 from gearshift.mixers.fused_delta_rule import fused_delta_rule
 from gearshift.mixers.gated_delta_net import GatedDeltaNetSpec
 from gearshift.mixers.gated_norm import GatedRMSNorm
 from gearshift.mixers.kernels import check_kernels
+from gearshift.mixers.projections import projected
 from gearshift.plan import Constant, Initialiser, InverseSoftplusLogUniform, LogUniform, Normal
 
 
@@ -31,11 +32,14 @@ class Projected(NamedTuple):
     """[batch, tokens, value_heads], before the sigmoid."""
     gate: Tensor
     """[batch, tokens, value_heads, value_dim], the output gate before its activation."""
+    convolved: bool = False
+    """Whether queries, keys and values have passed their convolutions."""
 
 
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(ConvolvingMixer):
     """The delta rule with a decay a head, between short convolutions and a gated norm (arXiv 2412.06464)."""
 
+    convolutions: ClassVar[dict[str, str]] = {"query": "q_conv", "key": "k_conv", "value": "v_conv"}
     sharding: ClassVar[dict[str, Sharding]] = {
         **{f"{name}_proj.weight": "column" for name in ("q", "k", "v", "a", "b", "gate")},
         **{f"{name}_conv.weight": "column" for name in "qkv"},
@@ -48,6 +52,7 @@ class GatedDeltaNet(Mixer):
     def __init__(self, spec: GatedDeltaNetSpec, hidden_size: int):
         super().__init__(spec, hidden_size)
         activation(spec.conv_activation)  # an unknown one is refused when the model is built
+        self.conv_activation = spec.conv_activation
         assert spec.value_heads is not None, "a module needs a resolved spec"
         assert spec.key_dim is not None, "a module needs a resolved spec"
         assert spec.value_dim is not None, "a module needs a resolved spec"
@@ -68,22 +73,15 @@ class GatedDeltaNet(Mixer):
 
     def project(self, hidden: Tensor, context: MixContext) -> Projected:
         hidden = context.mask_padding(hidden)
-        return Projected(
-            query=self.q_proj(hidden),
-            key=self.k_proj(hidden),
-            value=self.v_proj(hidden),
-            decay=self.a_proj(hidden),
-            beta=self.b_proj(hidden),
-            gate=self.gate_proj(hidden).unflatten(-1, (-1, self.spec.value_dim)),
-        )
+        linears = (self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.a_proj, self.b_proj)
+        query, key, value, gate, decay, beta = projected(hidden, *linears)
+        return Projected(query, key, value, decay, beta, gate.unflatten(-1, (-1, self.spec.value_dim)))
 
     def core(self, inputs: Projected, context: MixContext, state: MixerState | None) -> Mixed:
-        convolutions = (self.q_conv, self.k_conv, self.v_conv)
-        streams = (inputs.query, inputs.key, inputs.value)
-        query, key, value = run_convolutions(streams, convolutions, context, state, self.spec.conv_activation)
-        query = query.unflatten(-1, (-1, self.spec.key_dim))
-        key = key.unflatten(-1, (-1, self.spec.key_dim))
-        value = value.unflatten(-1, (-1, self.spec.value_dim))
+        inputs = self.convolve(inputs, context, state)
+        query = inputs.query.unflatten(-1, (-1, self.spec.key_dim))
+        key = inputs.key.unflatten(-1, (-1, self.spec.key_dim))
+        value = inputs.value.unflatten(-1, (-1, self.spec.value_dim))
         if value.is_cuda:
             gates = (inputs.decay, inputs.beta, self.A_log, self.dt_bias)
             output = fused_delta_rule(query, key, value, *gates, context, state, self.spec.negative_eigenvalues)

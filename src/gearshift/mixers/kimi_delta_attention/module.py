@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from gearshift.mixers.activations import activation
-from gearshift.mixers.base import MixContext, Mixed, Mixer, MixerState, Sharding
-from gearshift.mixers.convolution import ShortConvolution, convolution_initialisers, run_convolutions
+from gearshift.mixers.base import MixContext, Mixed, MixerState, Sharding
+from gearshift.mixers.convolution import ConvolvingMixer, ShortConvolution, convolution_initialisers
 from gearshift.mixers.delta_rule import delta_rule, log_decay
 from gearshift.mixers.fused_delta_rule import fused_delta_rule
 from gearshift.mixers.gated_norm import GatedRMSNorm
 from gearshift.mixers.kernels import check_kernels
 from gearshift.mixers.kimi_delta_attention import KimiDeltaAttentionSpec
+from gearshift.mixers.projections import projected
 from gearshift.plan import Constant, Initialiser, InverseSoftplusLogUniform, LogUniform, Normal
 
 
@@ -31,11 +32,14 @@ class Projected(NamedTuple):
     """[batch, tokens, heads], before the sigmoid."""
     gate: Tensor
     """[batch, tokens, heads, head_dim], the output gate before its activation."""
+    convolved: bool = False
+    """Whether queries, keys and values have passed their convolutions."""
 
 
-class KimiDeltaAttention(Mixer):
+class KimiDeltaAttention(ConvolvingMixer):
     """The delta rule with a decay a channel, between short convolutions and a gated norm (arXiv 2510.26692)."""
 
+    convolutions: ClassVar[dict[str, str]] = {"query": "q_conv", "key": "k_conv", "value": "v_conv"}
     sharding: ClassVar[dict[str, Sharding]] = {
         **{f"{name}_proj.weight": "column" for name in ("q", "k", "v", "b", "decay_up", "gate_up")},
         "decay_down_proj.weight": "replicated",
@@ -50,6 +54,7 @@ class KimiDeltaAttention(Mixer):
     def __init__(self, spec: KimiDeltaAttentionSpec, hidden_size: int):
         super().__init__(spec, hidden_size)
         activation(spec.conv_activation)  # an unknown one is refused when the model is built
+        self.conv_activation = spec.conv_activation
         assert spec.head_dim is not None, "a module needs a resolved spec"
         assert spec.decay_rank is not None, "a module needs a resolved spec"
         assert spec.gate_rank is not None, "a module needs a resolved spec"
@@ -72,20 +77,14 @@ class KimiDeltaAttention(Mixer):
 
     def project(self, hidden: Tensor, context: MixContext) -> Projected:
         hidden = context.mask_padding(hidden)
-        return Projected(
-            query=self.q_proj(hidden),
-            key=self.k_proj(hidden),
-            value=self.v_proj(hidden),
-            decay=self._heads(self.decay_up_proj(self.decay_down_proj(hidden))),
-            beta=self.b_proj(hidden),
-            gate=self._heads(self.gate_up_proj(self.gate_down_proj(hidden))),
-        )
+        linears = (self.q_proj, self.k_proj, self.v_proj, self.decay_down_proj, self.gate_down_proj, self.b_proj)
+        query, key, value, decay, gate, beta = projected(hidden, *linears)
+        decay, gate = self._heads(self.decay_up_proj(decay)), self._heads(self.gate_up_proj(gate))
+        return Projected(query, key, value, decay, beta, gate)
 
     def core(self, inputs: Projected, context: MixContext, state: MixerState | None) -> Mixed:
-        convolutions = (self.q_conv, self.k_conv, self.v_conv)
-        streams = (inputs.query, inputs.key, inputs.value)
-        convolved = run_convolutions(streams, convolutions, context, state, self.spec.conv_activation)
-        query, key, value = map(self._heads, convolved)
+        inputs = self.convolve(inputs, context, state)
+        query, key, value = map(self._heads, (inputs.query, inputs.key, inputs.value))
         if value.is_cuda:
             gates = (inputs.decay, inputs.beta, self.A_log, self.dt_bias)
             output = fused_delta_rule(query, key, value, *gates, context, state)

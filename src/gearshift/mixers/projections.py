@@ -1,0 +1,31 @@
+"""Several projections of the same hidden states."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ALIGNED = 16
+"""Matrix products are slow on rows that are no multiple of so many numbers."""
+
+
+def projected(hidden: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
+    """What each of `linears` makes of `hidden` [..., channels].
+
+    Compiled, it is one product with all their weights, forwards and backwards, unless one is more than a linear layer:
+    adapted, or split over processes.
+    """
+    if not torch.compiler.is_compiling() or any(type(linear) is not nn.Linear for linear in linears):
+        return [linear(hidden) for linear in linears]
+    plain = [linear for linear in linears if isinstance(linear, nn.Linear)]
+    sizes = [linear.out_features for linear in plain]
+    spare = -sum(sizes) % ALIGNED
+    weight, bias = F.pad(torch.cat([linear.weight for linear in plain]), (0, 0, 0, spare)), None
+    if any(linear.bias is not None for linear in plain):
+        bias = F.pad(torch.cat([_bias(linear) for linear in plain]), (0, spare))
+    return F.linear(hidden, weight, bias).split([*sizes, spare], dim=-1)[:-1]
+
+
+def _bias(linear: nn.Linear) -> Tensor:
+    return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
