@@ -13,6 +13,7 @@ from tests.models import MIXERS, supernet, tokens
 
 STAGES = {
     "layerwise": LayerwiseStage(steps=6, calibration="none"),
+    "layerwise, students": LayerwiseStage(steps=6, calibration="none", stream="student"),
     "stochastic": StochasticStage(steps=6),
     "stochastic, all losses": StochasticStage(
         steps=3, losses={"forward_kl": 1.0, "reverse_kl": 0.2, "cross_entropy": 0.5, "activation": 0.1}

@@ -18,6 +18,7 @@ from gearshift.train import (
     LayerwiseStage,
     LossWeights,
     Recipe,
+    SandwichSampling,
     StochasticStage,
     UniformSampling,
     load_recipe,
@@ -67,6 +68,7 @@ def measured(spec: ModelSpec, recipe: Recipe) -> int:
 
 STAGES = {
     "layerwise": LayerwiseStage(steps=2, calibration="none"),
+    "students": LayerwiseStage(steps=2, calibration="none", stream="student"),
     "calibration": LayerwiseStage(steps=2, calibration_sequences=8),
     "stochastic": StochasticStage(steps=3, sampling=UniformSampling()),
     "recompute": StochasticStage(steps=3, sampling=UniformSampling(), recompute=True),
@@ -107,6 +109,13 @@ def test_a_few_layers_tell_of_all(name: str, compiled: bool, tmp_path: Path, mon
     every = estimate(recipe, gpus=1)[0]
     assert few.total == pytest.approx(every.total, rel=0.05)
     assert few.operations == pytest.approx(every.operations, rel=0.25)
+
+
+def test_placements_of_all_layers_are_named_where_few_are_rehearsed(tmp_path: Path) -> None:
+    named = "gdn*3,kda*2"
+    student = LayerwiseStage(steps=2, stream="student", sampling=SandwichSampling(cheapest=named))
+    stages = student, StochasticStage(steps=2, sampling=SandwichSampling(cheapest=named))
+    assert [stage.tokens for stage in estimate(recipe_of(spec_of(layers=5), tmp_path, *stages))] == [2 * TOKENS] * 2
 
 
 @pytest.mark.slow

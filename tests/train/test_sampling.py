@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gearshift.spec import Placement
-from gearshift.train import AllocationSampling, PresetSampling, SamplingStrategy, UniformSampling, WeightedSampling
+from gearshift.train import (
+    AllocationSampling,
+    PresetSampling,
+    SamplingStrategy,
+    SandwichSampling,
+    UniformSampling,
+    WeightedSampling,
+)
 
 ABC = ("a", "b", "c")
 PRESETS = {"fast": Placement("cccc"), "slow": Placement("aaab")}
@@ -15,6 +22,7 @@ STRATEGIES: list[SamplingStrategy] = [
     WeightedSampling(weights={"a": 1, "b": 2, "c": 0.5}),
     AllocationSampling(),
     PresetSampling(probabilities={"c": 0.25}),
+    SandwichSampling(cheapest="c", random=3, between=PresetSampling(probabilities={"c": 0.25}), largest="c"),
 ]
 
 
@@ -93,6 +101,27 @@ def test_presets_fall_through() -> None:
     assert drawn[Placement("aabb")] / 4000 == pytest.approx(0.2, abs=0.03)
     certain = shares(PresetSampling(probabilities={"slow": 0.1 + 0.2, "fast": 0.7}))
     assert set(certain) == set(PRESETS.values())
+
+
+def test_a_sandwich_turns_over_the_steps_and_wastes_none_on_main() -> None:
+    def turns(strategy: SamplingStrategy) -> list[Placement]:
+        return [strategy.sample([ABC] * 4, PRESETS, 7, step) for step in range(12)]
+
+    drawn, between = turns(SandwichSampling(cheapest="fast", random=3)), turns(AllocationSampling())
+    assert drawn == [PRESETS["fast"] if step % 4 == 0 else between[step] for step in range(12)]
+    both = turns(SandwichSampling(cheapest="c*3,b", random=1, between=UniformSampling(), largest="slow"))
+    uniform = turns(UniformSampling())
+    assert both == [(Placement("cccb"), uniform[step], PRESETS["slow"])[step % 3] for step in range(12)]
+
+
+def test_a_sandwich_without_a_filling_or_with_unknown_ends_is_refused() -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        SandwichSampling(cheapest="c", random=0)
+    for ends in ({"cheapest": "fost"}, {"cheapest": "c", "largest": "fost"}):
+        with pytest.raises(ValueError, match="'fost' is no preset"):
+            SandwichSampling(**ends).check([ABC] * 4, PRESETS)
+    with pytest.raises(ValueError, match="a mixer 'd', but the model has a, b, c"):
+        SandwichSampling(cheapest="c", between=WeightedSampling(weights={"d": 1})).check([ABC] * 4, PRESETS)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from gearshift.train.sampling import (
     AllocationSampling,
     PresetSampling,
     SamplingStrategy,
+    SandwichSampling,
     UniformSampling,
     WeightedSampling,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "Recipe",
     "Record",
     "SamplingStrategy",
+    "SandwichSampling",
     "ScheduleSettings",
     "SftStage",
     "StageEndRecord",

@@ -1,18 +1,23 @@
-"""The layerwise stage: every mixer learns the main mixer's output, from the teacher's own hidden states.
+"""The layerwise stage: every mixer learns the main mixer's output on the teacher's hidden states.
 
 One forward of the teacher serves all layers. Nothing flows back through depth, so each mixer is a problem of its own:
 its loss is its own error, and the memory of one mixer's backward pass is all that is needed at a time.
+
+What mixers read is either the teacher's stream of hidden states too, or that of a student: a sampled placement, through
+which a second stream runs beside the first. All mixers of a layer run on it in any case, so that the placement is no
+more than a number a layer, which picks one of their outputs: the step stays one CUDA graph whatever is sampled.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gearshift.data import Batch
-from gearshift.mixers.base import Mixer
+from gearshift.mixers.base import MixContext, Mixer
 from gearshift.model import GearshiftForCausalLM
+from gearshift.spec import Placement
 from gearshift.train.calibration import calibrate
 from gearshift.train.engine import Engine
 from gearshift.train.graphs import Graphed
@@ -30,12 +35,14 @@ class LayerwiseRun(StageRun):
         teacher: GearshiftForCausalLM,
         engine: Engine,
         stage: LayerwiseStage,
+        seed: int,
         batch_size: int,
         part_size: int,
         parallel: Parallel = ALONE,
     ):
         super().__init__(model, teacher, engine)
         self.stage = stage
+        self.seed = seed
         self.batch_size = batch_size
         self.part_size = part_size
         self._graphed: dict[float, Graphed[Terms]] = {}
@@ -51,6 +58,21 @@ class LayerwiseRun(StageRun):
         """For every layer, the mixers that learn."""
         if not any(self.students):
             raise ValueError("the layerwise stage has nothing to do: no parameter of any mixer learns")
+        self.choices = model.spec.choices
+        self.presets = model.presets
+        if self.has_student:
+            stage.sampling.check(self.choices, self.presets)
+        self._sampled = torch.zeros(len(self.choices), 1, dtype=torch.int64, device=model.lm_head.weight.device)
+        """[layers, 1]: which of a layer's choices the student runs. On the device, where a recorded step reads it."""
+
+    @property
+    def has_student(self) -> bool:
+        """Whether mixers learn on a student's stream."""
+        return self.stage.stream == "student"
+
+    def placement(self, step: int) -> Placement:
+        """The student of step `step`, counted over all stages."""
+        return self.stage.sampling.sample(self.choices, self.presets, self.seed, step)
 
     def calibration_sequences(self) -> int:
         return 0 if self.stage.calibration == "none" else self.stage.calibration_sequences or self.batch_size
@@ -68,6 +90,9 @@ class LayerwiseRun(StageRun):
         )
 
     def learn(self, batch: Batch, step: int, share: float) -> Terms | None:
+        if self.has_student:
+            pairs = zip(self.choices, self.placement(step), strict=True)
+            self._sampled.copy_(torch.tensor([[offered.index(name)] for offered, name in pairs]))
         if not self.graphs:
             return self._judge(batch, share)
         if share not in self._graphed:
@@ -82,30 +107,63 @@ class LayerwiseRun(StageRun):
         self._graphed.clear()
 
     def measure(self, batch: Batch) -> Terms:
+        """The errors on the teacher's stream, whatever was learnt on: runs of both kinds compare."""
         return self._judge(batch, None)
 
     def _judge(self, batch: Batch, share: float | None) -> Terms:
         """The error of each mixer of each layer, under (name, layer). Adds gradients if there is a `share`."""
         teacher, student = self.teacher.model, self.model.model
-        main = self.teacher.spec.main
+        main, has_student = self.teacher.spec.main, self.has_student and share is not None
         errors: Terms = {}
         with torch.no_grad(), self.precision():
             hidden = teacher.embed(batch.inputs)
+            stream = student.embed(batch.inputs) if has_student else hidden
         context = teacher.context(hidden, cu_seqlens=batch.cu_seqlens)
         own = context if self.own_teacher else student.context(hidden, cu_seqlens=batch.cu_seqlens)
         pairs = zip(teacher.blocks, student.blocks, self.students, strict=True)
         for layer, (block, student_block, mixers) in enumerate(pairs):
             with torch.no_grad(), self.precision():
                 normed = self.steps.norm(block, hidden)
-                read = normed if self.own_teacher else self.steps.norm(student_block, hidden)
+                read = normed if self.own_teacher and not has_student else self.steps.norm(student_block, stream)
                 target, hidden = self.steps.teach(block, main[layer], hidden, normed, context)
+            outputs: dict[str, Tensor] = {}
             for name, mixer in mixers.items():
                 with torch.set_grad_enabled(share is not None), self.precision():
-                    error = self.steps.error(mixer, read, own, target, len(batch))
+                    output = self.steps.mix(mixer, read, own)
+                    error = self.steps.error(output, target, len(batch))
                 if share is not None:
                     (error * share).backward()
                 errors[name, layer] = error.detach()
+                if has_student:
+                    outputs[name] = output.detach()
+            stream = self._follow(layer, stream, read, own, outputs) if has_student else hidden
         return errors
+
+    @torch.no_grad()
+    def _follow(
+        self, layer: int, stream: Tensor, read: Tensor, context: MixContext, outputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        """What the next layer reads of the student's stream, [batch, tokens, hidden].
+
+        Args:
+            layer: the layer.
+            stream: [batch, tokens, hidden], what the layer reads of it.
+            read: the same, normed for its mixers.
+            context: of the student.
+            outputs: those of the layer's mixers that are known. The others run here.
+        """
+        block = self.model.model.blocks[layer]
+        with self.precision():
+            every = torch.stack(
+                [
+                    outputs[name] if name in outputs else self.steps.mix(block.mixer_named(name), read, context)
+                    for name in self.choices[layer]
+                ]
+            )
+            return self.steps.feed(block, stream, every.index_select(0, self._sampled[layer])[0])
+
+    def describe_step(self, step: int) -> dict[str, Any]:
+        return {"placement": self.placement(step)} if self.has_student else {}
 
     def describe(self, values: Mapping[Any, float]) -> dict[str, Any]:
         """`layers`: mixer -> error of each layer, None where it does not learn; `mixers` and `loss`: means of them."""

@@ -191,7 +191,7 @@ class Distiller:
         rate = stage.learning_rate * schedule(step, stage.steps, stage.schedule or settings.schedule)
         set_learning_rate(self.optimiser, rate)
         described = run.describe_step(global_step)
-        self.parallel.expect(self.model, self.teacher, described.get("placement"))
+        self.parallel.expect(self.model, self.teacher, described.get("placement") if run.through_depth else None)
         parts = self._parts(index, batch.to(self.device))
         with self._seeded(global_step):
             terms = self._average(batch, parts, lambda part, share: run.learn(part, global_step, share))
@@ -293,7 +293,7 @@ class Distiller:
         if isinstance(stage, LayerwiseStage):
             size = settings.batch_size_of(index)
             part = size // settings.parts_of(index)
-            return LayerwiseRun(self.model, self.teacher, engine, stage, size, part, self.parallel)
+            return LayerwiseRun(self.model, self.teacher, engine, stage, settings.seed, size, part, self.parallel)
         chunk = settings.loss_chunk or (256 if self.device.type == "cpu" else 2048)
         return StochasticRun(self.model, self.teacher, engine, stage, settings.seed, chunk)
 

@@ -54,7 +54,7 @@ class StepRecord(Record):
     seconds: float
     """Wall-clock time of the step."""
     placement: Placement | None = None
-    """The sampled placement. None in a layerwise stage, where all mixers learn."""
+    """The sampled placement. None in a layerwise stage on the teacher's stream, which samples none."""
     mixers: dict[str, float] | None = None
     """Layerwise: mixer -> its mean error over layers."""
     layers: dict[str, list[float | None]] | None = None

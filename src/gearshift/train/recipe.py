@@ -99,7 +99,7 @@ class StageSettings(Spec):
 
 
 class LayerwiseStage(StageSettings):
-    """Every mixer of every layer learns to repeat the main mixer's output, from the teacher's own hidden states."""
+    """Every mixer of every layer learns to repeat the output of the teacher's main mixer."""
 
     type: Literal["layerwise"] = "layerwise"
     """Always `layerwise`."""
@@ -111,6 +111,17 @@ class LayerwiseStage(StageSettings):
     """Sequences to calibrate on; one step's if left out."""
     ridge: Rate = 1.0
     """`ridge`: how strongly the fit is held to the scaled projection, as a share of the features' mean square."""
+    stream: Literal["teacher", "student"] = "teacher"
+    """Whose hidden states the mixers read: the `teacher`'s own, or those of a `student`, a placement that is sampled at
+    each step, so that they learn to correct what the layers before them lost. The targets are the teacher's."""
+    sampling: Sampling = AllocationSampling()
+    """`student`: how its placement is drawn."""
+
+    @model_validator(mode="after")
+    def _sampled_for_a_student(self) -> Self:
+        if self.stream == "teacher" and self.sampling != AllocationSampling():
+            raise ValueError(f"sampling {self.sampling.type} draws students: set stream to student, or leave it out")
+        return self
 
 
 class SampledStage(StageSettings):

@@ -168,8 +168,44 @@ class PresetSampling(SamplingStrategy):
         return resolve_placement(list(self.probabilities)[drawn], presets, choices)
 
 
+class SandwichSampling(SamplingStrategy):
+    """The cheapest placement, then random ones, then the largest if one is named, and again from the front.
+
+    The sandwich rule of slimmable networks (arXiv 1903.05134) for placements: what lies in between is then
+    bounded by the two ends. It turns over the steps of a run, where the paper adds up the gradients of one turn.
+    """
+
+    type: Literal["sandwich"] = "sandwich"
+    """Always `sandwich`."""
+    cheapest: str
+    """What begins a turn: a preset's name, a mixer's name for that mixer everywhere, or a placement in text."""
+    random: int = Field(default=2, ge=1)
+    """How many steps of a turn draw at random."""
+    between: Annotated[
+        UniformSampling | WeightedSampling | AllocationSampling | PresetSampling, Field(discriminator="type")
+    ] = AllocationSampling()
+    """The strategy that draws them."""
+    largest: str | None = None
+    """What ends a turn, named as `cheapest` is. Null: nothing; main is the teacher by default, and learns nothing."""
+
+    def check(self, choices: Choices, presets: Presets) -> None:
+        for name in (self.cheapest, self.largest):
+            if name is not None:
+                resolve_placement(name, presets, choices)
+        self.between.check(choices, presets)
+
+    def sample(self, choices: Choices, presets: Presets, seed: int, step: int) -> Placement:
+        self.check(choices, presets)
+        ends = [name for name in (self.cheapest, self.largest) if name is not None]
+        place = step % (self.random + len(ends))
+        if 1 <= place <= self.random:
+            return self.between.sample(choices, presets, seed, step)
+        return resolve_placement(ends[0 if place == 0 else 1], presets, choices)
+
+
 Sampling = Annotated[
-    UniformSampling | WeightedSampling | AllocationSampling | PresetSampling, Field(discriminator="type")
+    UniformSampling | WeightedSampling | AllocationSampling | PresetSampling | SandwichSampling,
+    Field(discriminator="type"),
 ]
 """Any of the strategies, told apart by `type`."""
 

@@ -32,6 +32,11 @@ class StageRun(ABC):
         return self.teacher is self.model
 
     @property
+    def through_depth(self) -> bool:
+        """Whether gradients flow from layer to layer."""
+        return False
+
+    @property
     def keeps_gradients(self) -> bool:
         """Whether gradients must be set to zero between steps, and stay where they are in memory."""
         return False

@@ -37,11 +37,19 @@ class BlockSteps:
     ) -> tuple[Tensor, Tensor]:
         """As `run`, from `normed`, what the mixer reads of `hidden`."""
         output = block.mixer_named(name)(normed, context)
-        return output, block.feed(block.add_mixed(hidden, output))
+        return output, _feed(block, hidden, output)
 
-    def error(self, mixer: Mixer, normed: Tensor, context: MixContext, target: Tensor, rows: int) -> Tensor:
+    def mix(self, mixer: Mixer, normed: Tensor, context: MixContext) -> Tensor:
+        """The output of a mixer."""
+        return mixer(normed, context)
+
+    def feed(self, block: Block, hidden: Tensor, output: Tensor) -> Tensor:
+        """What the next block reads, from what this one reads and its mixer's output."""
+        return _feed(block, hidden, output)
+
+    def error(self, output: Tensor, target: Tensor, rows: int) -> Tensor:
         """The normalised error of a mixer's output, `rows` sequences that may be packed into one."""
-        return _row_error(mixer(normed, context), target, rows)
+        return _error(output, target, rows)
 
 
 class CompiledSteps(BlockSteps):
@@ -56,7 +64,7 @@ class CompiledSteps(BlockSteps):
         config.accumulated_recompile_limit = max(8 * VARIANTS, config.accumulated_recompile_limit)
         made = partial(torch.compile, dynamic=False)
         self._enter, self._norm, self._project = made(_enter), made(_norm), made(_project)
-        self._leave, self._error = made(_leave), made(_error)
+        self._leave, self._output, self._feed, self._error = made(_leave), made(_output), made(_feed), made(_error)
 
     def run(self, block: Block, name: str, hidden: Tensor, context: MixContext) -> tuple[Tensor, Tensor]:
         mixer = block.mixer_named(name)
@@ -73,8 +81,14 @@ class CompiledSteps(BlockSteps):
         mixer = block.mixer_named(name)
         return self._leave(block, mixer, hidden, self._core(mixer, normed, context))
 
-    def error(self, mixer: Mixer, normed: Tensor, context: MixContext, target: Tensor, rows: int) -> Tensor:
-        return self._error(mixer, self._core(mixer, normed, context), target, rows)
+    def mix(self, mixer: Mixer, normed: Tensor, context: MixContext) -> Tensor:
+        return self._output(mixer, self._core(mixer, normed, context))
+
+    def feed(self, block: Block, hidden: Tensor, output: Tensor) -> Tensor:
+        return self._feed(block, hidden, output)
+
+    def error(self, output: Tensor, target: Tensor, rows: int) -> Tensor:
+        return self._error(output, target, rows)
 
     def _core(self, mixer: Mixer, normed: Tensor, context: MixContext) -> Any:
         mixer.prepare(context, normed.dtype)
@@ -95,12 +109,16 @@ def _project(mixer: Mixer, normed: Tensor, context: MixContext) -> Any:
 
 def _leave(block: Block, mixer: Mixer, hidden: Tensor, result: Any) -> tuple[Tensor, Tensor]:
     output = mixer.output(result)
-    return output, block.feed(block.add_mixed(hidden, output))
+    return output, _feed(block, hidden, output)
 
 
-def _error(mixer: Mixer, result: Any, target: Tensor, rows: int) -> Tensor:
-    return _row_error(mixer.output(result), target, rows)
+def _output(mixer: Mixer, result: Any) -> Tensor:
+    return mixer.output(result)
 
 
-def _row_error(output: Tensor, target: Tensor, rows: int) -> Tensor:
+def _feed(block: Block, hidden: Tensor, output: Tensor) -> Tensor:
+    return block.feed(block.add_mixed(hidden, output))
+
+
+def _error(output: Tensor, target: Tensor, rows: int) -> Tensor:
     return activation_error(*(x.reshape(rows, -1, x.shape[-1]) for x in (output, target)))

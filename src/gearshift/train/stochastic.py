@@ -73,6 +73,10 @@ class StochasticRun(StageRun):
         (loss * share).backward()
         return {"loss": loss.detach(), **terms}
 
+    @property
+    def through_depth(self) -> bool:
+        return True
+
     def close(self) -> None:
         self._layers, self._teach = None, self._taught
 

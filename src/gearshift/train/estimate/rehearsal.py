@@ -23,7 +23,7 @@ from gearshift.train.estimate.compiled import Compiled
 from gearshift.train.estimate.tracker import Tracker
 from gearshift.train.loop import Distiller
 from gearshift.train.recipe import Recipe
-from gearshift.train.sampling import PresetSampling
+from gearshift.train.sampling import AllocationSampling, PresetSampling
 
 CUDA_ALIGNMENT = 512
 """Bytes that CUDA's allocator rounds up to."""
@@ -75,7 +75,7 @@ def rehearse(
         teacher: a reference model, None for the model itself.
         recipe: how; of its stages the first one's first two steps are done. The second finds the optimiser's state.
         cuda: for a GPU, whether or not there is one here.
-        choose: what a stochastic stage runs, by the layers' costs; None for the sampled placements.
+        choose: what a stochastic stage runs, by the layers' costs; None for a stage whose placements cost the same.
     """
     tracker = Tracker(CUDA_ALIGNMENT if cuda else 1)
     settings = _two_steps(recipe)
@@ -108,10 +108,12 @@ def rehearse(
 
 
 def _two_steps(recipe: Recipe, placement: Placement | None = None) -> Recipe:
-    """The recipe's first stage alone, for two steps, on one placement if it is given."""
-    update: dict[str, Any] = {"steps": 2}
-    if placement is not None:
-        update["sampling"] = PresetSampling(probabilities={str(placement): 1.0})
+    """The recipe's first stage alone, for two steps, on one placement if it is given.
+
+    Without it on any, for those that the recipe names do not fit a part of the layers.
+    """
+    fitting = AllocationSampling() if placement is None else PresetSampling(probabilities={str(placement): 1.0})
+    update = {"steps": 2, "sampling": fitting}
     return recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update=update),)})
 
 
