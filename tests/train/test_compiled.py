@@ -46,7 +46,7 @@ def learnt(stage: str, device: str = "cpu", **settings: Any) -> tuple[dict[str, 
         model,
         TokenSequences(tokens(8, 20)),
         DistillationSettings(stages=(STAGES[stage],), batch_size=4, gradient_accumulation=2, loss_chunk=8, **settings),
-        lambda record: losses.append(record.loss) if record.event == "step" else None,
+        lambda record: losses.append(record.loss) if record.event == "step" and record.loss is not None else None,
         chats=TokenSequences(tokens(8, 20), None, counted),
     )
     return {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}, losses

@@ -92,8 +92,12 @@ class ConvolvingMixer(Mixer):
         weights = [module.weight for module in modules]
         mixed = convolve(streams, weights, context, state, biases or None, self.conv_activation)
         # A bias, or an activation such as the sigmoid, makes something of padding.
-        named = {name: context.mask_padding(x) for name, x in zip(self.convolutions, mixed, strict=True)}
-        return inputs._replace(**named, convolved=True)
+        named: dict[str, Any] = {
+            name: context.mask_padding(x) for name, x in zip(self.convolutions, mixed, strict=True)
+        }
+        named["convolved"] = True
+        # What `_replace` would give, which the compiler of torch 2.11 cannot follow.
+        return type(inputs)(*(named.get(name, value) for name, value in zip(inputs._fields, inputs, strict=True)))
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, context: MixContext | None) -> Tensor:
