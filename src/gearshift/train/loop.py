@@ -87,7 +87,7 @@ class Distiller:
         self.average: Average | None = None
         self.device = model.lm_head.weight.device
         self.noisy = is_noisy(model)
-        self.engine = make_engine(settings, {self.model, self.teacher}, self.device, parallel is ALONE)
+        self.engine = make_engine(settings, {self.model, self.teacher}, self.device, parallel)
         for module in model.modules():
             if isinstance(module, Mixer):
                 module.check_device(self.device, learning=True)

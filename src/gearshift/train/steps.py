@@ -4,11 +4,12 @@ What stands between a mixer's core (a recurrence's kernels, an attention functio
 whole: norms, projections, rotations, gates, residuals and the MLP, forwards and backwards. Cores run as they are.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gearshift.mixers.base import MixContext, Mixer
 from gearshift.model.block import Block
@@ -48,20 +49,19 @@ class CompiledSteps(BlockSteps):
 
     compiled = True
 
-    def __init__(self) -> None:
+    def __init__(self, within: Callable[..., Any]) -> None:
+        """`within(unit, work, *given)` is `work(unit, *given)`, the parameters of a mixer or an MLP at hand."""
         # Beyond its limit torch.compile goes on uncompiled, which is never what was asked for here.
         config = torch._dynamo.config
         config.recompile_limit = max(VARIANTS, config.recompile_limit)
         config.accumulated_recompile_limit = max(8 * VARIANTS, config.accumulated_recompile_limit)
+        self._within = within
         made = partial(torch.compile, dynamic=False)
         self._enter, self._norm, self._project = made(_enter), made(_norm), made(_project)
-        self._leave, self._error = made(_leave), made(_error)
+        self._leave, self._feed, self._error = made(_leave), made(_feed), made(_error)
 
     def run(self, block: Block, name: str, hidden: Tensor, context: MixContext) -> tuple[Tensor, Tensor]:
-        mixer = block.mixer_named(name)
-        mixer.prepare(context, hidden.dtype)
-        result = mixer.core(self._enter(block, mixer, hidden, context), context, None)
-        return self._leave(block, mixer, hidden, result)
+        return self._fed(block, *self._within(block.mixer_named(name), self._run, block, hidden, context))
 
     def norm(self, block: Block, hidden: Tensor) -> Tensor:
         return self._norm(block, hidden)
@@ -69,10 +69,25 @@ class CompiledSteps(BlockSteps):
     def teach(
         self, block: Block, name: str, hidden: Tensor, normed: Tensor, context: MixContext
     ) -> tuple[Tensor, Tensor]:
-        mixer = block.mixer_named(name)
-        return self._leave(block, mixer, hidden, self._core(mixer, normed, context))
+        return self._fed(block, *self._within(block.mixer_named(name), self._teach, block, hidden, normed, context))
 
     def error(self, mixer: Mixer, normed: Tensor, context: MixContext, target: Tensor, rows: int) -> Tensor:
+        return self._within(mixer, self._judge, normed, context, target, rows)
+
+    def _fed(self, block: Block, output: Tensor, hidden: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+        return output, self._within(block.mlp, self._feed, block, hidden, read)
+
+    def _run(self, mixer: Mixer, block: Block, hidden: Tensor, context: MixContext) -> tuple[Tensor, Tensor, Tensor]:
+        mixer.prepare(context, hidden.dtype)
+        result = mixer.core(self._enter(mixer, block, hidden, context), context, None)
+        return self._leave(mixer, block, hidden, result)
+
+    def _teach(
+        self, mixer: Mixer, block: Block, hidden: Tensor, normed: Tensor, context: MixContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._leave(mixer, block, hidden, self._core(mixer, normed, context))
+
+    def _judge(self, mixer: Mixer, normed: Tensor, context: MixContext, target: Tensor, rows: int) -> Tensor:
         return self._error(mixer, self._core(mixer, normed, context), target, rows)
 
     def _core(self, mixer: Mixer, normed: Tensor, context: MixContext) -> Any:
@@ -80,7 +95,7 @@ class CompiledSteps(BlockSteps):
         return mixer.core(self._project(mixer, normed, context), context, None)
 
 
-def _enter(block: Block, mixer: Mixer, hidden: Tensor, context: MixContext) -> Any:
+def _enter(mixer: Mixer, block: Block, hidden: Tensor, context: MixContext) -> Any:
     return mixer.project(block.mixer_norm(hidden), context)
 
 
@@ -92,9 +107,16 @@ def _project(mixer: Mixer, normed: Tensor, context: MixContext) -> Any:
     return mixer.project(normed, context)
 
 
-def _leave(block: Block, mixer: Mixer, hidden: Tensor, result: Any) -> tuple[Tensor, Tensor]:
+def _leave(mixer: Mixer, block: Block, hidden: Tensor, result: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The mixer's output, the hidden states with it, and what the MLP reads of them."""
     output = mixer.output(result)
-    return output, block.feed(block.add_mixed(hidden, output))
+    hidden = block.add_mixed(hidden, output)
+    return output, hidden, block.mlp_norm(hidden)
+
+
+def _feed(mlp: nn.Module, block: Block, hidden: Tensor, read: Tensor) -> Tensor:
+    # Not called as a module, for what FSDP hangs on a unit's call is not to be compiled.
+    return block.add_fed(hidden, mlp.forward(read))
 
 
 def _error(mixer: Mixer, result: Any, target: Tensor, rows: int) -> Tensor:

@@ -1,7 +1,7 @@
 """What training asks of the processes that share its work, and the answers of one that is alone."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,16 @@ class Parallel:
     """Into how many slices a batch is cut."""
     data_rank: int = 0
     """Which of them is this process's."""
+    compilable: bool = True
+    """Whether torch.compile can take what is computed within a mixer or an MLP."""
 
     def place(self, model: GearshiftForCausalLM, device: torch.device, half: bool) -> None:
         """Bring `model` to `device` in float32. `half`: whether its matrix products will run in bfloat16."""
         model.float().to(device)
+
+    def within(self, unit: nn.Module, work: Callable[..., T], *given: Any) -> T:
+        """`work(unit, *given)`, the parameters of `unit`, a mixer or an MLP, at hand as in its forward."""
+        return work(unit, *given)
 
     def check(self, settings: DistillationSettings) -> None:
         """ValueError if the stages' batches cannot be cut into equal slices."""

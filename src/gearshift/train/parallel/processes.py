@@ -33,6 +33,7 @@ class ManyProcesses(Parallel):
         self.is_first = dist.get_rank() == 0
         self.mesh = _mesh(settings, device, dist.get_world_size())
         self.tensor: DeviceMesh = self.mesh["tensor"]
+        self.compilable = self.tensor.size() == 1
         self.data_ranks = self.mesh.size() // self.tensor.size()
         self.data_rank = dist.get_rank() // self.tensor.size()
         self._units: list[FSDPModule] = []
@@ -58,6 +59,9 @@ class ManyProcesses(Parallel):
         for unit in sharded:
             _prepare(unit)
         self._units += sharded
+
+    def within(self, unit: Any, work: Callable[..., T], *given: Any) -> T:
+        return unit.within(work, *given)
 
     def check(self, settings: DistillationSettings) -> None:
         for index, stage in enumerate(settings.stages):
@@ -218,13 +222,12 @@ def _precision(unit: nn.Module, half: bool) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(cast_forward_inputs=False)
 
 
-def _prepare(unit: FSDPModule) -> None:
-    """Let FSDP set up a unit now, in a forward that does nothing.
+def _prepare(unit: Any) -> None:
+    """Give a unit its method `within`, and let FSDP set the unit up now, in a forward that does nothing.
 
     Each is a root of its own: stages run mixers by themselves, often with a backward pass each, and a common root would
     look through all units after every one. Their first forwards clear what they share, so none may come within a step.
     """
-    assert isinstance(unit, nn.Module)
-    register_fsdp_forward_method(unit, "extra_repr")
-    unit.extra_repr()
-    del unit.extra_repr
+    unit.within = lambda work, *given: work(unit, *given)
+    register_fsdp_forward_method(unit, "within")
+    unit.within(lambda unit: None)
