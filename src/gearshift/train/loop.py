@@ -167,7 +167,7 @@ class Distiller:
     def _calibrate(self, index: int, run: StageRun) -> CalibrationRecord:
         started = time.perf_counter()
         batch = self._batch(index, 0, run.calibration_sequences()).to(self.device)
-        self.parallel.expect(self.model, self.teacher, None)
+        self.parallel.expect(self.model, self.teacher, self.model.spec.main)
         self.model.eval()  # what is fitted must not depend on what dropout leaves of it
         try:
             errors = run.calibrate(batch)
@@ -258,6 +258,7 @@ class Distiller:
         if held_out is None:
             return None
         size = self.settings.batch_size_of(index) // self.settings.parts_of(index)
+        self.parallel.expect(self.model, self.teacher, self.model.spec.main)
         whole = held_out.all.to(self.device)
         parts = self.parallel.deal(whole, size)
         self.model.eval()

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gearshift.data import Batch
 from gearshift.model import GearshiftForCausalLM
@@ -13,6 +14,15 @@ from gearshift.train.recipe import DistillationSettings
 
 T = TypeVar("T")
 Gradients = Sequence[Tensor]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor, to change in place where no gradients are recorded.
+
+    Through DTensor, an operation on many tensors first works out where they all lie, again for every other set of them:
+    with sampled mixers that takes longer than a step.
+    """
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Parallel:
@@ -62,7 +72,11 @@ class Parallel:
         return values
 
     def expect(self, model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, placement: Placement | None) -> None:
-        """Before a step: `model` learns under `placement`, through its depth; None if it learns layer by layer."""
+        """Before a step: `model` learns under `placement`, through its depth; None if it learns layer by layer.
+
+        Then each of its mixers that learn has its backward pass right behind its forward. Before anything else that
+        runs the models: `placement` is the main one.
+        """
 
     def sync(self, last: bool) -> None:
         """Before a part of a step: gradients are exchanged after the `last` part alone."""
