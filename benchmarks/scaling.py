@@ -1,12 +1,15 @@
 """Tokens a second a GPU of both training stages on 1, 2 and 4 GPUs, with the same work a GPU.
 
     python benchmarks/scaling.py [--gpus 1 2 4] [--data fsdp ddp] [--tensor 1] [--batch 4] [--length 4096] [--steps 8]
+        [--plain]
 
 A supernet of a 1.8B-parameter Llama shape (28 layers, hidden 2048, 16 heads, 8 KV heads, FFN 8192) with attention, a
 window, Gated DeltaNet and Kimi Delta Attention in every layer, random weights and random tokens: nothing is downloaded.
-Each number of GPUs is a torchrun of its own, for which the script starts itself. Every time is the median over the
-steps after the first three, which compile kernels and touch memory for the first time. `--smoke` makes all of it tiny,
-to try the script where there is no GPU.
+Each row of a number of GPUs is a torchrun of its own, for which the script starts itself; one that fails is left out.
+Several GPUs run compiled, as they do by default, one both with and without CUDA graphs: the shares are of the better.
+`--plain` measures all of it uncompiled. Every time is the median over the steps after the first 16, which compile, tune
+and record: each mixer of each layer is recorded when it is first sampled. `--smoke` makes all of it tiny, to try the
+script where there is no GPU.
 """
 
 import argparse
@@ -25,7 +28,12 @@ from gearshift.train import DistillationSettings, Distiller, ParallelSettings, S
 from gearshift.train.engine import Precision
 from gearshift.train.parallel import parallelise, process_group
 
-SKIPPED = 3
+WAYS: dict[str, dict[str, bool]] = {
+    "plain": {"compile": False, "cuda_graphs": False},
+    "compiled": {"cuda_graphs": False},
+    "graphs": {},
+}
+"""How the stages compute: what of a recipe's settings is not left to itself."""
 
 
 def spec(smoke: bool) -> ModelSpec:
@@ -68,6 +76,7 @@ def random_model(device: torch.device, smoke: bool) -> GearshiftForCausalLM:
 def measure(options: argparse.Namespace) -> None:
     """In a process of torchrun: run both stages, and print what the first process saw as a line of JSON."""
     device = torch.device("cpu" if options.smoke else "cuda")
+    skipped = 2 if options.smoke else 16
     with process_group() as first:
         parallel = parallelise(ParallelSettings(data=options.data[0], tensor=options.tensor), device)
         model = random_model(device, options.smoke)
@@ -77,31 +86,32 @@ def measure(options: argparse.Namespace) -> None:
         shape = (2 * size, options.length)
         data = TokenSequences(torch.randint(model.spec.vocab_size, shape, generator=generator))
         for stage in ({"type": "layerwise", "calibration": "none"}, {"type": "stochastic"}):
-            stages = ({**stage, "steps": options.steps + SKIPPED},)
-            settings = DistillationSettings.model_validate(
-                {"stages": stages, "batch_size": size, "compile": False, "cuda_graphs": False}
-            )
+            stages = ({**stage, "steps": options.steps + skipped},)
+            settings = DistillationSettings.model_validate({"stages": stages, "batch_size": size, **WAYS[options.way]})
             if device.type == "cuda":
+                torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            records = [
-                r for r in Distiller(model, data, settings, parallel=parallel).run() if isinstance(r, StepRecord)
-            ]
-            seconds = statistics.median(record.seconds for record in records[SKIPPED:])
-            peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+            distiller = Distiller(model, data, settings, parallel=parallel)
+            records = [record for record in distiller.run() if isinstance(record, StepRecord)]
+            seconds = statistics.median(record.seconds for record in records[skipped:])
+            peak = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else 0.0
+            engine = distiller.engine
+            way = "graphs" if engine.graphs else "compiled" if engine.steps.compiled else "plain"
             if first:
-                said = {"stage": stage["type"], "tokens": records[0].tokens, "seconds": seconds, "peak": peak}
-                print(json.dumps(said), flush=True)
+                said = {"stage": stage["type"], "way": way, "tokens": records[0].tokens}
+                print(json.dumps({**said, "seconds": seconds, "peak": peak}), flush=True)
 
 
-def run(gpus: int, data: str, options: argparse.Namespace) -> list[dict]:
-    """The lines of a torchrun on `gpus` GPUs."""
+def run(gpus: int, data: str, way: str, options: argparse.Namespace) -> list[dict]:
+    """The lines of a torchrun on `gpus` GPUs, as many as there are before it fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), __file__]
-    command += ["--worker", "--data", data, *(["--smoke"] if options.smoke else [])]
+    command += ["--worker", "--data", data, "--way", way, *(["--smoke"] if options.smoke else [])]
     command += ["--tensor", str(options.tensor if gpus > 1 else 1)]
     for name in ("batch", "length", "steps"):
         command += [f"--{name}", str(getattr(options, name))]
-    made = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return [json.loads(line) for line in made.stdout.splitlines() if line.startswith("{")]
+    made = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    lines = [json.loads(line) for line in made.stdout.splitlines() if line.startswith("{")]
+    return [{**line, "gpus": gpus, "data": data if gpus > 1 else "-"} for line in lines]
 
 
 def main() -> None:
@@ -112,24 +122,37 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences a step and a data-parallel rank")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--plain", action="store_true", help="compile nothing")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return measure(options)
-    columns = ("GPUs", "data", "stage", "ms a step", "tokens/s a GPU", "of one GPU", "peak memory GB")
-    table = Table(*columns, title=f"{options.batch} sequences of {options.length:,} tokens a step and a slice")
-    alone: dict[str, float] = {}
+    lines: list[dict] = []
     for gpus in options.gpus:
-        for data in options.data if gpus > 1 else ["-"]:
-            for line in run(gpus, data if gpus > 1 else "fsdp", options):
-                speed = line["tokens"] / line["seconds"] / gpus
-                alone.setdefault(line["stage"], speed)
-                share = f"{speed / alone[line['stage']]:.1%}"
-                row = (line["stage"], f"{1e3 * line['seconds']:,.0f}", f"{speed:,.0f}", share, f"{line['peak']:.1f}")
-                table.add_row(str(gpus), data, *row)
-    Console(width=110).print(table)
+        ways = ["plain"] if options.plain else ["compiled"] if gpus > 1 or options.smoke else ["compiled", "graphs"]
+        for data in options.data if gpus > 1 else ["fsdp"]:
+            for way in ways:
+                lines += run(gpus, data, way, options)
+    Console(width=120).print(table(lines, f"{options.batch} sequences of {options.length:,} tokens a step and a slice"))
     return None
+
+
+def table(lines: list[dict], title: str) -> Table:
+    """The lines as a table, with their shares of the best that the fewest GPUs did."""
+    columns = ("GPUs", "data", "how", "stage", "ms a step", "tokens/s a GPU", "of one GPU", "memory reserved GB")
+    made = Table(*columns, title=title)
+    best: dict[str, float] = {}
+    for line in lines:
+        line["speed"] = line["tokens"] / line["seconds"] / line["gpus"]
+        if line["gpus"] == lines[0]["gpus"]:
+            best[line["stage"]] = max(line["speed"], best.get(line["stage"], 0.0))
+    for line in lines:
+        share = f"{line['speed'] / best[line['stage']]:.1%}" if line["stage"] in best else "-"
+        row = (f"{1e3 * line['seconds']:,.0f}", f"{line['speed']:,.0f}", share, f"{line['peak']:.1f}")
+        made.add_row(str(line["gpus"]), line["data"], line["way"], line["stage"], *row)
+    return made
 
 
 if __name__ == "__main__":

@@ -8,8 +8,20 @@ import pytest
 import torch
 
 from gearshift.data import TokenSequences
-from gearshift.train import DistillationSettings, LayerwiseStage, SftStage, StochasticStage, distil, losses
+from gearshift.train import (
+    DistillationSettings,
+    Distiller,
+    LayerwiseStage,
+    ParallelSettings,
+    SftStage,
+    StepRecord,
+    StochasticStage,
+    distil,
+    losses,
+)
+from gearshift.train.parallel import ALONE, Parallel, parallelise, process_group
 from tests.models import MIXERS, supernet, tokens
+from tests.train.processes import run_processes
 
 STAGES = {
     "layerwise": LayerwiseStage(steps=6, calibration="none"),
@@ -64,6 +76,45 @@ def test_every_mixer_compiles_as_a_whole(monkeypatch: pytest.MonkeyPatch, stage:
     assert graphs >= 4
     for name, change in expected.items():
         assert torch.allclose(moved[name], change, atol=1e-5), name
+
+
+def test_compiled_processes_learn_what_a_plain_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: Callable[..., Any] = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compiled)
+    run_processes(2, _check_compiled, curve(compile=False))
+
+
+def _check_compiled(expected: list[float]) -> None:
+    graphs = []
+    with process_group():
+        for settings in (ParallelSettings(data="fsdp"), ParallelSettings(data="ddp")):
+            assert curve(parallelise(settings, torch.device("cpu")), compile=True) == pytest.approx(expected, rel=1e-5)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        # Compiled once: all layers of a kind share it, and so do both arrangements.
+        assert graphs[0] == graphs[1] >= 4
+
+
+def curve(parallel: Parallel = ALONE, **settings: Any) -> list[float]:
+    """The losses of a few steps of both stages, the second one with recomputation."""
+    model = supernet(layers=2, mixers={name: MIXERS[name] for name in ("attention", "window", "gdn")})
+    parallel.place(model, torch.device("cpu"), half=False)
+    stages = LayerwiseStage(steps=2), StochasticStage(steps=2, recompute=True)
+    made = DistillationSettings(stages=stages, batch_size=4, seed=1, **settings)
+    distiller = Distiller(model, TokenSequences(tokens(8, 12)), made, parallel=parallel)
+    return [record.loss for record in distiller.run() if isinstance(record, StepRecord)]
+
+
+def test_slices_of_tensors_are_not_compiled() -> None:
+    run_processes(2, _check_slices)
+
+
+def _check_slices() -> None:
+    with process_group():
+        sliced = parallelise(ParallelSettings(tensor=2), torch.device("cpu"))
+        with pytest.raises(ValueError, match="compile: true cannot compile slices of tensors"):
+            curve(sliced, compile=True)
+        with pytest.raises(ValueError, match="cuda_graphs: true works on one process, and these are several"):
+            curve(sliced, cuda_graphs=True)
 
 
 def test_graphs_need_cuda() -> None:

@@ -49,7 +49,7 @@ def case(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.
     exact = request.param == "float32"
     model = prepared(source, folder / "model", mixers=ATTENTIONS if exact else ATTENTIONS | RECURRENT)
     settings = {"model": model, "device": "cuda", "autocast": "none" if exact else "bfloat16", "sequence_length": 64}
-    settings |= {"batch_size": 8, "held_out": 3, "stages": RECOMPUTED}
+    settings |= {"batch_size": 8, "held_out": 3, "stages": RECOMPUTED, "compile": False, "cuda_graphs": False}
     run = recipe(source, folder / "alone", **settings)
     ended = torchrun("-m", "gearshift", "train", write(run, folder), processes=1)
     assert ended.returncode == 0, ended.stderr
@@ -66,6 +66,18 @@ def test_many_gpus_learn_what_one_does(source, case, tmp_path, name) -> None:
     ended = torchrun("-m", "gearshift", "train", path, processes=gpus)
     assert ended.returncode == 0, ended.stderr
     assert furthest(timeless(tmp_path / "run"), alone) < largest
+
+
+@pytest.mark.parametrize("name", ["2 shards", "2 copies", "4 shards"])
+def test_compiled_gpus_learn_what_a_plain_one_does(source, case, tmp_path, name) -> None:
+    gpus, parallel = ARRANGEMENTS[name]
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    largest, settings, alone = case
+    path = write(recipe(source, tmp_path / "run", parallel=parallel, **{**settings, "compile": True}), tmp_path)
+    ended = torchrun("-m", "gearshift", "train", path, processes=gpus)
+    assert ended.returncode == 0, ended.stderr
+    assert furthest(timeless(tmp_path / "run"), alone) < max(largest, 1e-3)  # fused sums have another order
 
 
 def test_a_killed_gpu_process_ends_the_job_and_a_restart_goes_on(source, tmp_path) -> None:

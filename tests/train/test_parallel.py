@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec
@@ -145,60 +144,6 @@ def placed(model: GearshiftForCausalLM, **parallel: Any) -> Any:
     arrangement = parallelise(ParallelSettings(**parallel), CPU)
     arrangement.place(model, CPU, half=False)
     return arrangement
-
-
-def test_only_the_mixers_of_a_placement_are_gathered_and_reduced_once(tmp_path) -> None:
-    run_processes(2, _count_gathers)
-
-
-def _count_gathers() -> None:
-    gathered: list[int] = []
-    reduced: list[int] = []
-    ending = "single" if hasattr(dist, "all_gather_single") else "into_tensor"  # torch < 2.13
-
-    def count(name: str, counts: list[int]) -> None:
-        call = getattr(dist, name)
-
-        def counting(output: torch.Tensor, *given: Any, **more: Any) -> Any:
-            counts.append(output.numel())
-            return call(output, *given, **more)
-
-        setattr(dist, name, counting)
-
-    model = supernet(layers=3)
-    sizes = {name: _size(model.model.blocks[0].mixer_named(name)) for name in ("attention", "window", "gdn", "kda")}
-    mlp = _size(model.model.blocks[0].mlp)
-    settings = DistillationSettings(
-        stages=[{"type": "stochastic", "steps": 3, "sampling": {"type": "presets", "probabilities": {"only": 1.0}}}],
-        batch_size=4,
-        gradient_accumulation=2,
-    )
-    model.config.presets = {"only": "attention,gdn,kda"}
-    with process_group():
-        arrangement = placed(model)
-        distiller = Distiller(model, TokenSequences(tokens(8, 12)), settings, parallel=arrangement)
-        steps = distiller.run()
-        next(steps)
-        count(f"all_gather_{ending}", gathered)
-        count("reduce_scatter_single" if ending == "single" else "reduce_scatter_tensor", reduced)
-        next(steps)
-        # Each of the two parts: the teacher's three layers, the student's first, and its last two, forwards and back.
-        student = sizes["gdn"] + sizes["kda"] + 2 * mlp
-        once = 4 * (sizes["attention"] + mlp) + 2 * student
-        assert sum(gathered) in range(2 * once, 2 * (once + mlp) + 1)  # and perhaps the MLP before, fetched ahead
-        # After the second part alone, what the two sampled mixers have learnt.
-        assert sorted(reduced) == sorted([sizes["gdn"] // 2, sizes["kda"] // 2])
-        moved = {name for name, parameter in model.named_parameters() if parameter in distiller.optimiser.state}
-        assert moved == {
-            name
-            for name, _ in model.named_parameters()
-            if "layers.1.mixer.mixers.gdn" in name or "layers.2.mixer.mixers.kda" in name
-        }
-
-
-def _size(unit: torch.nn.Module) -> int:
-    """Elements of a unit as FSDP gathers it from two processes: rows padded to an even number."""
-    return sum((p.shape[0] + p.shape[0] % 2) * p[0].numel() for p in unit.parameters())
 
 
 KINDS: dict[str, dict[str, Any]] = {

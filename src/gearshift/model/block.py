@@ -96,7 +96,11 @@ class Block(nn.Module):
 
     def feed(self, hidden: Tensor) -> Tensor:
         """The second half: `hidden` and what the MLP adds to it."""
-        return hidden + self.mlp_output_norm(self.mlp(self.mlp_norm(hidden)))
+        return self.add_fed(hidden, self.mlp(self.mlp_norm(hidden)))
+
+    def add_fed(self, hidden: Tensor, fed: Tensor) -> Tensor:
+        """The end of the second half: `hidden` and what the MLP's output `fed` adds to it."""
+        return hidden + self.mlp_output_norm(fed)
 
     def forward(self, hidden: Tensor, context: MixContext, mixer: str, state: MixerState | None = None) -> Tensor:
         """[batch, tokens, hidden] -> [batch, tokens, hidden], with `mixer` mixing the tokens."""

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from gearshift.train.parallel import local
+
 
 class Average:
     """Exponential moving averages of parameters, in their own dtype, made as each of them first moves."""
@@ -28,7 +30,7 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the values of the parameters that have a gradient: those that the step has just moved."""
-        moved: dict[type, tuple[list[Tensor], list[Tensor], list[float]]] = {}
+        averages, values, weights = list[Tensor](), list[Tensor](), list[float]()
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
@@ -36,12 +38,10 @@ class Average:
             if moves == 1:
                 self.averages[name] = parameter.detach().clone()
                 continue
-            # Sharded parameters are a type of their own, and what goes over many at once takes one type at a time.
-            averages, values, weights = moved.setdefault(type(parameter), ([], [], []))
-            averages.append(self.averages[name])
-            values.append(parameter.detach())
+            averages.append(local(self.averages[name]))
+            values.append(local(parameter))
             weights.append(1 - min(self.decay, moves / (9 + moves)))
-        for averages, values, weights in moved.values():
+        if averages:
             torch._foreach_lerp_(averages, values, weights)
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from gearshift.mixers.base import Mixer
+from gearshift.train.parallel import ALONE, Parallel
 from gearshift.train.recipe import DistillationSettings
 from gearshift.train.steps import BlockSteps, CompiledSteps
 
@@ -48,23 +49,26 @@ class Engine:
         return replace(self, steps=BlockSteps(), graphs=False)
 
 
-def make_engine(settings: DistillationSettings, models: set[nn.Module], device: torch.device, alone: bool) -> Engine:
-    """What `settings` ask for, or else the fastest that `models` allow on `device`. `alone`: on one process.
+def make_engine(
+    settings: DistillationSettings, models: set[nn.Module], device: torch.device, parallel: Parallel
+) -> Engine:
+    """What `settings` ask for, or else the fastest that `models` allow on `device`, in the arrangement `parallel`.
 
     ValueError for what was asked for and cannot be.
     """
-    able = device.type == "cuda" and alone
     obstacle = _obstacle(models)
-    compiled = (able and obstacle is None) if settings.compile is None else settings.compile
-    graphs = (able and obstacle is None) if settings.cuda_graphs is None else settings.cuda_graphs
-    for asked, name in ((compiled, "compile"), (graphs, "cuda_graphs")):
-        if asked and not alone:
-            raise ValueError(f"{name}: true works on one process, and these are several: leave it out")
+    able = device.type == "cuda" and obstacle is None
+    compiled = (able and parallel.compilable) if settings.compile is None else settings.compile
+    graphs = (able and parallel is ALONE) if settings.cuda_graphs is None else settings.cuda_graphs
+    if compiled and not parallel.compilable:
+        raise ValueError("compile: true cannot compile slices of tensors (parallel: tensor above 1): leave it out")
+    if graphs and parallel is not ALONE:
+        raise ValueError("cuda_graphs: true works on one process, and these are several: leave it out")
     if graphs and device.type != "cuda":
         raise ValueError(f"cuda_graphs: true needs a CUDA device, not {device}: leave it out")
     if graphs and obstacle is not None:
         raise ValueError(f"cuda_graphs: true, but {obstacle}: leave it out")
-    steps = CompiledSteps() if compiled else BlockSteps()
+    steps = CompiledSteps(parallel.within) if compiled else BlockSteps()
     return Engine(Precision(settings.autocast, device), steps, graphs, _attn_implementation(settings, models, device))
 
 

@@ -87,7 +87,7 @@ class Distiller:
         self.average: Average | None = None
         self.device = model.lm_head.weight.device
         self.noisy = is_noisy(model)
-        self.engine = make_engine(settings, {self.model, self.teacher}, self.device, parallel is ALONE)
+        self.engine = make_engine(settings, {self.model, self.teacher}, self.device, parallel)
         for module in model.modules():
             if isinstance(module, Mixer):
                 module.check_device(self.device, learning=True)
@@ -167,7 +167,7 @@ class Distiller:
     def _calibrate(self, index: int, run: StageRun) -> CalibrationRecord:
         started = time.perf_counter()
         batch = self._batch(index, 0, run.calibration_sequences()).to(self.device)
-        self.parallel.expect(self.model, self.teacher, None)
+        self.parallel.expect(self.model, self.teacher, self.model.spec.main)
         self.model.eval()  # what is fitted must not depend on what dropout leaves of it
         try:
             errors = run.calibrate(batch)
@@ -258,6 +258,7 @@ class Distiller:
         if held_out is None:
             return None
         size = self.settings.batch_size_of(index) // self.settings.parts_of(index)
+        self.parallel.expect(self.model, self.teacher, self.model.spec.main)
         whole = held_out.all.to(self.device)
         parts = self.parallel.deal(whole, size)
         self.model.eval()

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gearshift.model import GearshiftForCausalLM
 from gearshift.model.adapter_names import beside_adapters, plain
 from gearshift.model.block import StochasticMixer
-from gearshift.train.parallel import ALONE, Parallel
+from gearshift.train.parallel import ALONE, Parallel, local
 from gearshift.train.recipe import OptimiserSettings, ScheduleSettings
 
 
@@ -69,20 +70,30 @@ def learning_rate_scales(
     return learning
 
 
+class LocalAdamW(torch.optim.AdamW):
+    """AdamW on what this process has of each parameter. Its state lies on the processes as the parameters do."""
+
+    def _init_group(self, group: dict[str, Any], *found: list[Tensor]) -> bool:
+        """AdamW's own step fills the lists `found` here, and works on what stands in them."""
+        has_complex: bool = super()._init_group(group, *found)
+        for tensors in found:
+            tensors[:] = map(local, tensors)
+        return has_complex
+
+
 def make_optimiser(model: nn.Module, scales: Mapping[str, float], settings: OptimiserSettings) -> torch.optim.AdamW:
     """AdamW over the parameters in `scales`, grouped by their factor and by whether they decay.
 
     A parameter without a gradient is left alone by a step: no decay, no moments. State is made on first use.
     """
-    groups: dict[tuple[float, bool, type], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if name in scales:
-            # Sharded parameters are a type of their own, and what goes over many at once takes one type at a time.
-            groups.setdefault((scales[name], parameter.ndim >= 2, type(parameter)), []).append(parameter)
-    return torch.optim.AdamW(
+            groups.setdefault((scales[name], parameter.ndim >= 2), []).append(parameter)
+    return LocalAdamW(
         [
             {"params": members, "scale": scale, "weight_decay": settings.weight_decay if decays else 0.0}
-            for (scale, decays, _), members in groups.items()
+            for (scale, decays), members in groups.items()
         ],
         betas=settings.betas,
         eps=settings.epsilon,
@@ -105,16 +116,15 @@ def schedule(step: int, steps: int, settings: ScheduleSettings) -> float:
     return settings.final + (1 - settings.final) * (1 + math.cos(math.pi * progress)) / 2
 
 
+@torch.no_grad()
 def clip(groups: Iterable[Iterable[nn.Parameter]], largest: float | None, parallel: Parallel = ALONE) -> torch.Tensor:
     """Scale the gradients of each group down to norm `largest`. Returns the norm of all of them before."""
-    learning = [[parameter for parameter in group if parameter.grad is not None] for group in groups]
-    learning = [group for group in learning if group]
-    if not learning:
+    gradients = [[parameter.grad for parameter in group if parameter.grad is not None] for group in groups]
+    gradients = [group for group in gradients if group]
+    if not gradients:
         return torch.zeros(())
-    gradients = [[parameter.grad for parameter in group if parameter.grad is not None] for group in learning]
     norms = parallel.norms(gradients)
     if largest is not None:
-        for group, norm in zip(learning, norms, strict=True):
-            for kind in {type(parameter) for parameter in group}:
-                nn.utils.clip_grads_with_norm_([p for p in group if type(p) is kind], largest, norm)
+        for group, norm in zip(gradients, norms, strict=True):
+            torch._foreach_mul_([local(gradient) for gradient in group], (largest / (norm + 1e-6)).clamp(max=1.0))
     return norms.square().sum().sqrt()

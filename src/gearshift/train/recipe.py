@@ -237,7 +237,7 @@ class DistillationSettings(Spec):
     windows and documents where others pay for the whole square of a sequence; elsewhere the model's own."""
     compile: bool | None = None
     """Whether to compile what stands between the mixers' cores (torch.compile): a slow start, then faster steps.
-    Null: on one CUDA device."""
+    Null: on CUDA, unless `parallel` splits tensors."""
     cuda_graphs: bool | None = None
     """Whether to record what is the same at every step as CUDA graphs: a layerwise step, the teacher's forward, and
     each mixer of each layer of a student, which takes memory. Null: on one CUDA device, where the model allows it."""

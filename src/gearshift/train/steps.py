@@ -5,11 +5,12 @@ whole: norms, projections, rotations, short convolutions, gates, residuals and t
 run as they are.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gearshift.mixers.base import MixContext, Mixer
 from gearshift.model.block import Block
@@ -37,7 +38,7 @@ class BlockSteps:
     ) -> tuple[Tensor, Tensor]:
         """As `run`, from `normed`, what the mixer reads of `hidden`."""
         output = block.mixer_named(name)(normed, context)
-        return output, _feed(block, hidden, output)
+        return output, block.feed(block.add_mixed(hidden, output))
 
     def mix(self, mixer: Mixer, normed: Tensor, context: MixContext) -> Tensor:
         """The output of a mixer."""
@@ -45,7 +46,7 @@ class BlockSteps:
 
     def feed(self, block: Block, hidden: Tensor, output: Tensor) -> Tensor:
         """What the next block reads, from what this one reads and its mixer's output."""
-        return _feed(block, hidden, output)
+        return block.feed(block.add_mixed(hidden, output))
 
     def error(self, output: Tensor, target: Tensor, rows: int) -> Tensor:
         """The normalised error of a mixer's output, `rows` sequences that may be packed into one."""
@@ -57,20 +58,20 @@ class CompiledSteps(BlockSteps):
 
     compiled = True
 
-    def __init__(self) -> None:
+    def __init__(self, within: Callable[..., Any]) -> None:
+        """`within(unit, work, *given)` is `work(unit, *given)`, the parameters of a mixer or an MLP at hand."""
         # Beyond its limit torch.compile goes on uncompiled, which is never what was asked for here.
         config = torch._dynamo.config
         config.recompile_limit = max(VARIANTS, config.recompile_limit)
         config.accumulated_recompile_limit = max(8 * VARIANTS, config.accumulated_recompile_limit)
+        self._within = within
         made = partial(torch.compile, dynamic=False)
         self._enter, self._norm, self._project = made(_enter), made(_norm), made(_project)
-        self._leave, self._output, self._feed, self._error = made(_leave), made(_output), made(_feed), made(_error)
+        self._leave, self._output, self._add = made(_leave), made(_output), made(_add)
+        self._feed, self._error = made(_feed), made(_error)
 
     def run(self, block: Block, name: str, hidden: Tensor, context: MixContext) -> tuple[Tensor, Tensor]:
-        mixer = block.mixer_named(name)
-        mixer.prepare(context, hidden.dtype)
-        result = mixer.core(self._enter(block, mixer, hidden, context), context, None)
-        return self._leave(block, mixer, hidden, result)
+        return self._fed(block, *self._within(block.mixer_named(name), self._run, block, hidden, context))
 
     def norm(self, block: Block, hidden: Tensor) -> Tensor:
         return self._norm(block, hidden)
@@ -78,24 +79,39 @@ class CompiledSteps(BlockSteps):
     def teach(
         self, block: Block, name: str, hidden: Tensor, normed: Tensor, context: MixContext
     ) -> tuple[Tensor, Tensor]:
-        mixer = block.mixer_named(name)
-        return self._leave(block, mixer, hidden, self._core(mixer, normed, context))
+        return self._fed(block, *self._within(block.mixer_named(name), self._teach, block, hidden, normed, context))
 
     def mix(self, mixer: Mixer, normed: Tensor, context: MixContext) -> Tensor:
-        return self._output(mixer, self._core(mixer, normed, context))
+        return self._within(mixer, self._mix, normed, context)
 
     def feed(self, block: Block, hidden: Tensor, output: Tensor) -> Tensor:
-        return self._feed(block, hidden, output)
+        return self._fed(block, *self._add(block, hidden, output))[1]
 
     def error(self, output: Tensor, target: Tensor, rows: int) -> Tensor:
         return self._error(output, target, rows)
+
+    def _fed(self, block: Block, output: Tensor, hidden: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+        return output, self._within(block.mlp, self._feed, block, hidden, read)
+
+    def _run(self, mixer: Mixer, block: Block, hidden: Tensor, context: MixContext) -> tuple[Tensor, Tensor, Tensor]:
+        mixer.prepare(context, hidden.dtype)
+        result = mixer.core(self._enter(mixer, block, hidden, context), context, None)
+        return self._leave(mixer, block, hidden, result)
+
+    def _teach(
+        self, mixer: Mixer, block: Block, hidden: Tensor, normed: Tensor, context: MixContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._leave(mixer, block, hidden, self._core(mixer, normed, context))
+
+    def _mix(self, mixer: Mixer, normed: Tensor, context: MixContext) -> Tensor:
+        return self._output(mixer, self._core(mixer, normed, context))
 
     def _core(self, mixer: Mixer, normed: Tensor, context: MixContext) -> Any:
         mixer.prepare(context, normed.dtype)
         return mixer.core(self._project(mixer, normed, context), context, None)
 
 
-def _enter(block: Block, mixer: Mixer, hidden: Tensor, context: MixContext) -> Any:
+def _enter(mixer: Mixer, block: Block, hidden: Tensor, context: MixContext) -> Any:
     return _project(mixer, block.mixer_norm(hidden), context)
 
 
@@ -107,17 +123,23 @@ def _project(mixer: Mixer, normed: Tensor, context: MixContext) -> Any:
     return mixer.convolve(mixer.project(normed, context), context)
 
 
-def _leave(block: Block, mixer: Mixer, hidden: Tensor, result: Any) -> tuple[Tensor, Tensor]:
-    output = mixer.output(result)
-    return output, _feed(block, hidden, output)
-
-
 def _output(mixer: Mixer, result: Any) -> Tensor:
     return mixer.output(result)
 
 
-def _feed(block: Block, hidden: Tensor, output: Tensor) -> Tensor:
-    return block.feed(block.add_mixed(hidden, output))
+def _leave(mixer: Mixer, block: Block, hidden: Tensor, result: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _add(block, hidden, mixer.output(result))
+
+
+def _add(block: Block, hidden: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mixer's output, the hidden states with it, and what the MLP reads of them."""
+    hidden = block.add_mixed(hidden, output)
+    return output, hidden, block.mlp_norm(hidden)
+
+
+def _feed(mlp: nn.Module, block: Block, hidden: Tensor, read: Tensor) -> Tensor:
+    # Not called as a module, for what FSDP hangs on a unit's call is not to be compiled.
+    return block.add_fed(hidden, mlp.forward(read))
 
 
 def _error(output: Tensor, target: Tensor, rows: int) -> Tensor:

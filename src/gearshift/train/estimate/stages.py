@@ -80,8 +80,8 @@ def estimate(recipe: Recipe, gpus: int | None = None) -> list[StageEstimate]:
     cuda = gpus is not None or recipe.device.startswith("cuda")
     cuda = cuda or (recipe.device == "auto" and torch.cuda.is_available())
     ranks = Ranks.of(recipe, gpus or 1)
-    if ranks.data * ranks.tensor > 1:
-        recipe = recipe.model_copy(update={"compile": False})  # as several processes do
+    if ranks.tensor > 1:
+        recipe = recipe.model_copy(update={"compile": False})  # as a run does
     return [_estimate_stage(native, teacher, recipe, index, cuda, ranks) for index in range(len(recipe.stages))]
 
 

@@ -1,10 +1,11 @@
 """What training asks of the processes that share its work, and the answers of one that is alone."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gearshift.data import Batch
 from gearshift.model import GearshiftForCausalLM
@@ -13,6 +14,15 @@ from gearshift.train.recipe import DistillationSettings
 
 T = TypeVar("T")
 Gradients = Sequence[Tensor]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor, to change in place where no gradients are recorded.
+
+    Through DTensor, an operation on many tensors first works out where they all lie, again for every other set of them:
+    with sampled mixers that takes longer than a step.
+    """
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Parallel:
@@ -24,10 +34,16 @@ class Parallel:
     """Into how many slices a batch is cut."""
     data_rank: int = 0
     """Which of them is this process's."""
+    compilable: bool = True
+    """Whether torch.compile can take what is computed within a mixer or an MLP."""
 
     def place(self, model: GearshiftForCausalLM, device: torch.device, half: bool) -> None:
         """Bring `model` to `device` in float32. `half`: whether its matrix products will run in bfloat16."""
         model.float().to(device)
+
+    def within(self, unit: nn.Module, work: Callable[..., T], *given: Any) -> T:
+        """`work(unit, *given)`, the parameters of `unit`, a mixer or an MLP, at hand as in its forward."""
+        return work(unit, *given)
 
     def check(self, settings: DistillationSettings) -> None:
         """ValueError if the stages' batches cannot be cut into equal slices."""
@@ -56,7 +72,11 @@ class Parallel:
         return values
 
     def expect(self, model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, placement: Placement | None) -> None:
-        """Before a step: `model` learns under `placement`, through its depth; None if it learns layer by layer."""
+        """Before a step: `model` learns under `placement`, through its depth; None if it learns layer by layer.
+
+        Then each of its mixers that learn has its backward pass right behind its forward. Before anything else that
+        runs the models: `placement` is the main one.
+        """
 
     def sync(self, last: bool) -> None:
         """Before a part of a step: gradients are exchanged after the `last` part alone."""

@@ -33,6 +33,7 @@ class ManyProcesses(Parallel):
         self.is_first = dist.get_rank() == 0
         self.mesh = _mesh(settings, device, dist.get_world_size())
         self.tensor: DeviceMesh = self.mesh["tensor"]
+        self.compilable = self.tensor.size() == 1
         self.data_ranks = self.mesh.size() // self.tensor.size()
         self.data_rank = dist.get_rank() // self.tensor.size()
         self._units: list[FSDPModule] = []
@@ -58,6 +59,9 @@ class ManyProcesses(Parallel):
         for unit in sharded:
             _prepare(unit)
         self._units += sharded
+
+    def within(self, unit: Any, work: Callable[..., T], *given: Any) -> T:
+        return unit.within(work, *given)
 
     def check(self, settings: DistillationSettings) -> None:
         for index, stage in enumerate(settings.stages):
@@ -91,16 +95,18 @@ class ManyProcesses(Parallel):
         return summed(values) / self.tensor.size()
 
     def expect(self, model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, placement: Placement | None) -> None:
-        for unit in self._units:
-            unit.set_modules_to_forward_prefetch([])
-            unit.set_modules_to_backward_prefetch([unit])  # with an empty list, FSDP would guess
         blocks, taught_by = model.model.blocks, teacher.model.blocks
-        if len(set(blocks)) < len(blocks) or len(set(taught_by)) < len(taught_by):
+        shared = len(set(blocks)) < len(blocks) or len(set(taught_by)) < len(taught_by)
+        students = {block: [] if shared or placement is not None else _learning(block) for block in blocks}
+        _expect_backward(self._units, [mixer for mixers in students.values() for mixer in mixers])
+        if shared:
             return  # what comes behind a shared block differs from layer to layer
         # What is fetched ahead is run next, or does not learn: left over, it would be old after the step.
         walk: list[Any]
         if placement is None:
-            walk = [part for block in taught_by for part in (block.mixer_named(block.spec.main), block.mlp)]
+            walk = []
+            for block, student_block in zip(taught_by, blocks, strict=True):
+                walk += [block.mixer_named(block.spec.main), block.mlp, *students[student_block]]
             for part, following in pairwise(walk):
                 part.set_modules_to_forward_prefetch([following])
             return
@@ -210,6 +216,26 @@ def _units(model: GearshiftForCausalLM) -> list[nn.Module]:
     return units
 
 
+def _learning(block: Block) -> list[Any]:
+    """The mixers of a block that learn."""
+    mixers = map(block.mixer_named, block.spec.mixers)
+    return [mixer for mixer in mixers if any(parameter.requires_grad for parameter in mixer.parameters())]
+
+
+def _expect_backward(units: Sequence[FSDPModule], students: Sequence[FSDPModule]) -> None:
+    """Let one backward pass come after all forwards; of `students`, one each right behind its forward, in this order.
+
+    What a student needs then stays gathered in between, and only the last one's backward pass waits for its gradients
+    to be exchanged: all are exchanged one after another, while the next students compute.
+    """
+    kept, unawaited = set(students), set(students[:-1])
+    for unit in units:
+        unit.set_modules_to_forward_prefetch([])
+        unit.set_modules_to_backward_prefetch([unit])  # with an empty list, FSDP would guess
+        unit.set_reshard_after_forward(unit not in kept, recurse=False)
+        unit.set_is_last_backward(unit not in unawaited)
+
+
 def _precision(unit: nn.Module, half: bool) -> MixedPrecisionPolicy:
     """bfloat16 already on the way where the products would convert all of it anyway; gradients add up in float32."""
     linear = {id(p) for module in unit.modules() if isinstance(module, nn.Linear) for p in module.parameters()}
@@ -218,13 +244,12 @@ def _precision(unit: nn.Module, half: bool) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(cast_forward_inputs=False)
 
 
-def _prepare(unit: FSDPModule) -> None:
-    """Let FSDP set up a unit now, in a forward that does nothing.
+def _prepare(unit: Any) -> None:
+    """Give a unit its method `within`, and let FSDP set the unit up now, in a forward that does nothing.
 
     Each is a root of its own: stages run mixers by themselves, often with a backward pass each, and a common root would
     look through all units after every one. Their first forwards clear what they share, so none may come within a step.
     """
-    assert isinstance(unit, nn.Module)
-    register_fsdp_forward_method(unit, "get_submodule")
-    unit.get_submodule("")  # on CUDA a forward needs an argument
-    del unit.get_submodule
+    unit.within = lambda work, *given: work(unit, *given)
+    register_fsdp_forward_method(unit, "within")
+    unit.within(lambda unit: None)
