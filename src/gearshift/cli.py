@@ -145,7 +145,7 @@ def train(
         settings = load_recipe(recipe, overrides or [])
         with bar(err, "training", settings.total_steps) if first else nullcontext(silent) as advance:
             try:
-                result = run_recipe(settings, step_progress(advance))
+                result = run_recipe(settings, step_progress(advance, len(settings.stages)))
             except TrainingDivergedError as error:
                 if first:
                     err.print(f"gearshift: {error}", soft_wrap=True, highlight=False, markup=False)
