@@ -75,7 +75,9 @@ def bar(console: Console, what: str, total: float) -> Iterator[Bar]:
 
 def _mover(progress: Progress, task: TaskID) -> Bar:
     def move(amount: float, note: str | None = None) -> None:
-        progress.update(task, advance=amount, **({} if note is None else {"note": note}))
+        if note is not None:
+            progress.update(task, note=note)
+        progress.advance(task, amount)
 
     return move
 
