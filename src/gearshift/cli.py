@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gearshift.arguments import Command
+from gearshift.arguments import Command, tell_torchrun
 
 if TYPE_CHECKING:
     from gearshift.train import Recipe
@@ -149,6 +149,7 @@ def train(
             except TrainingDivergedError as error:
                 if first:
                     err.print(f"gearshift: {error}", soft_wrap=True, highlight=False, markup=False)
+                tell_torchrun(str(error))
                 raise typer.Exit(1) from None
     if not first:
         return
