@@ -114,11 +114,13 @@ def step_progress(advance: Bar, stages: int) -> Callable[[Record], None]:
 
     The bar moves by the steps since the last record; at first, by those done before too.
     """
-    done, loss = 0, ""
+    done, stage, loss = 0, 0, ""
 
     def watch(record: Record) -> None:
-        nonlocal done, loss
+        nonlocal done, stage, loss
         steps = 0
+        if record.stage != stage:
+            stage, loss = record.stage, ""
         if isinstance(record, StepRecord):
             steps, done = record.global_step + 1 - done, record.global_step + 1
             if record.loss is not None:

@@ -306,7 +306,7 @@ class Recipe(DistillationSettings):
     @property
     def sources(self) -> tuple[DataSource, ...]:
         """The sources of text; none for the text that Python carries."""
-        return self.data or () if self.text is None else (DataSource(path=self.text),)
+        return (DataSource(path=self.text),) if self.text is not None else self.data or ()
 
     @field_validator("model", "output", "teacher", "text")
     @classmethod
