@@ -27,3 +27,13 @@ def test_without_a_terminal_there_is_no_bar() -> None:
     with bar(Console(file=shown), "training", 2) as advance:
         assert advance is silent
     assert shown.getvalue() == ""
+
+
+def test_a_note_stands_beside_the_bar_in_eighty_columns() -> None:
+    shown = io.StringIO()
+    with bar(Console(file=shown, force_terminal=True, width=80), "training", 2) as advance:
+        advance(1, "stage 2/3 stochastic, loss 0.4123")
+        advance(1)
+    *_, last = shown.getvalue().split("training")
+    assert "stage 2/3 stochastic, loss 0.4123" in last
+    assert "100%" in last

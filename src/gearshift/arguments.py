@@ -1,6 +1,9 @@
 """What the command line needs beyond typer: options that take several values, errors as sentences, exit codes."""
 
+import json
+import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,9 @@ class Command(TyperCommand):
             _say("stopped")
             sys.exit(INTERRUPTED)
         except (ValueError, OSError, ImportError) as error:
-            _say(sentence(error))
+            said = sentence(error)
+            _say(said)
+            tell_torchrun(said)
             sys.exit(INPUT_AT_FAULT)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -85,6 +90,14 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
+
+
+def tell_torchrun(reason: str) -> None:
+    """Let torchrun's summary carry why this process ends, if it was torchrun that started it."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        details = {"py_callstack": reason, "timestamp": str(int(time.time()))}  # what it prints, where a traceback was
+        Path(path).write_text(json.dumps({"message": {"message": reason, "extraInfo": details}}))
 
 
 def _say(text: str) -> None:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gearshift.arguments import Command
+from gearshift.arguments import Command, tell_torchrun
 
 if TYPE_CHECKING:
     from gearshift.train import Recipe
@@ -145,10 +145,11 @@ def train(
         settings = load_recipe(recipe, overrides or [])
         with bar(err, "training", settings.total_steps) if first else nullcontext(silent) as advance:
             try:
-                result = run_recipe(settings, step_progress(advance))
+                result = run_recipe(settings, step_progress(advance, len(settings.stages)))
             except TrainingDivergedError as error:
                 if first:
                     err.print(f"gearshift: {error}", soft_wrap=True, highlight=False, markup=False)
+                tell_torchrun(str(error))
                 raise typer.Exit(1) from None
     if not first:
         return

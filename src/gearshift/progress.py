@@ -5,22 +5,41 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 
 Advance = Callable[[float], None]
+
+
+class Bar(Protocol):
+    """Moves a bar on."""
+
+    def __call__(self, amount: float, note: str | None = None) -> None:
+        """By `amount`; a `note` stands beside the bar from now on."""
+
+
 _open: ContextVar[Progress | None] = ContextVar("open", default=None)
 """The bars on the terminal, where there are any: a terminal has room for one such display."""
 
 
-def silent(amount: float) -> None:
+def silent(amount: float, note: str | None = None) -> None:
     """Progress that nobody watches."""
 
 
 @contextmanager
-def bar(console: Console, what: str, total: float) -> Iterator[Advance]:
+def bar(console: Console, what: str, total: float) -> Iterator[Bar]:
     """A progress bar over `total` units; the yielded function moves it on. Gone when the block ends. Terminals only.
 
     Inside the block of another bar, it appears below that one.
@@ -30,27 +49,37 @@ def bar(console: Console, what: str, total: float) -> Iterator[Advance]:
         return
     outer = _open.get()
     if outer is not None:
-        task = outer.add_task(what, total=total)
+        task = outer.add_task(what, total=total, note="")
         try:
-            yield lambda amount: outer.advance(task, amount)
+            yield _mover(outer, task)
         finally:
             outer.remove_task(task)
         return
     columns = (
         TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=None, table_column=Column(max_width=40)),  # narrower where a note needs the room
         TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=total)
+        task = progress.add_task(what, total=total, note="")
         token = _open.set(progress)
         try:
-            yield lambda amount: progress.advance(task, amount)
+            yield _mover(progress, task)
         finally:
             _open.reset(token)
+
+
+def _mover(progress: Progress, task: TaskID) -> Bar:
+    def move(amount: float, note: str | None = None) -> None:
+        if note is not None:
+            progress.update(task, note=note)
+        progress.advance(task, amount)
+
+    return move
 
 
 @dataclass
@@ -71,7 +100,7 @@ class Steps:
     done: list[Step] = field(default_factory=list)
 
     @contextmanager
-    def step(self, name: str, units: float) -> Iterator[tuple[Step, Advance]]:
+    def step(self, name: str, units: float) -> Iterator[tuple[Step, Bar]]:
         """Run one step. Set the yielded step's `result` before the block ends."""
         step = Step(name)
         number = f"{len(self.done) + 1}/{self.total}"

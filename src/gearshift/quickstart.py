@@ -23,7 +23,7 @@ from gearshift.formats import open_checkpoint
 from gearshift.formats.documents import read_json, write_json
 from gearshift.generation import write
 from gearshift.model import GearshiftForCausalLM, cost_table
-from gearshift.progress import Advance, Step, Steps
+from gearshift.progress import Advance, Bar, Step, Steps
 from gearshift.quickstart_report import write_report
 from gearshift.search import Budget, SearchSettings, pure_placements, search, write_result
 from gearshift.settings import load_settings
@@ -181,7 +181,7 @@ class Job:
             "layer_errors": errors,
         }
 
-    def _train(self, step: Step, advance: Advance) -> dict[str, Any]:
+    def _train(self, step: Step, advance: Bar) -> dict[str, Any]:
         self._forget_model()
         recipe = Recipe(
             model=str(self.out / "converted"),
@@ -193,7 +193,7 @@ class Job:
             checkpoint_every=8,
             **dict(self.settings.distillation),
         )
-        result = train(recipe, step_progress(advance))
+        result = train(recipe, step_progress(advance, len(recipe.stages)))
         tokens = sum(record["tokens"] for record in self.records if record["event"] == "step")
         step.result = f"{recipe.total_steps} steps, {tokens:,} tokens"
         if result.resumed_at:
@@ -323,7 +323,7 @@ class Job:
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(path, now)
 
-    def _step(self, key: str, name: str, units: float, do: Callable[[Step, Advance], Any]) -> None:
+    def _step(self, key: str, name: str, units: float, do: Callable[[Step, Bar], Any]) -> None:
         """Do a step and keep its result, or take the result that is there."""
         path = self.out / "steps" / f"{key}.json"
         if path.exists():

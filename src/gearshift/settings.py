@@ -89,18 +89,44 @@ def _index(container: Any, part: str, override: str) -> Any:
 def sentence(error: ValidationError, data: Any, kind: type[BaseModel]) -> str:
     """The first thing that is wrong, where it is, and what was probably meant."""
     first = error.errors()[0]
-    where = _path(first["loc"], data)
-    if first["type"] == "extra_forbidden":
-        near = get_close_matches(str(first["loc"][-1]), _known_keys(kind))
+    fault, location, context = first["type"], first["loc"], first.get("ctx", {})
+    where, tag = _path(location, data), context.get("discriminator", "").strip("'")
+    if fault == "extra_forbidden":
+        near = get_close_matches(str(location[-1]), _known_keys(kind))
         return f"unknown key {where!r}" + (f": did you mean {near[0]}?" if near else "")
-    if first["type"] == "missing":
+    if fault == "missing" and isinstance(location[-1], int):
+        return f"{_path(location[:-1], data)}: give a longer list, not {_shown(first['input'])}"
+    if fault == "missing":
         return f"the key {where!r} is missing"
-    problem = first["msg"].removeprefix("Value error, ")
-    given = first["input"]
-    shown = f", not {given!r}" if isinstance(given, str | int | float | None) else ""
-    if first["type"] == "value_error":
+    if fault == "union_tag_not_found":
+        return f"the key '{where}.{tag}' is missing"
+    if fault == "union_tag_invalid":
+        return f"{where}.{tag}: give one of {context['expected_tags']}, not {context['tag']!r}"
+    if fault == "value_error":
+        problem = first["msg"].removeprefix("Value error, ")
         return f"{where}: {problem}" if where else problem
-    return f"{where}: {problem[:1].lower()}{problem[1:]}{shown}"
+    wanted = _WANTED[fault].format_map(context) if fault in _WANTED else first["msg"][:1].lower() + first["msg"][1:]
+    return f"{where}: {wanted}, not {_shown(first['input'])}"
+
+
+_MAPPING = "give a mapping of keys to values"
+_WANTED = {
+    "tuple_type": "give a list",
+    "too_short": "give a list of at least {min_length}",
+    "too_long": "give a list of at most {max_length}",
+    "dict_type": _MAPPING,
+    "model_type": _MAPPING,
+    "model_attributes_type": _MAPPING,
+}
+"""Kind of fault -> what to do, in place of pydantic's words, which speak of Python's types."""
+LONGEST = 100
+"""Characters of a value that a sentence shows."""
+
+
+def _shown(value: Any) -> str:
+    """A value as the person may have written it, cut short if it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _path(location: tuple[int | str, ...], data: Any) -> str:

@@ -171,7 +171,17 @@ def test_what_cannot_be_done_is_said_before_anything_is_read(edits: list[dict], 
         operate(spec, schema(spec, "float32"), [Surgery.model_validate({"edits": edits})])
 
 
-@pytest.mark.parametrize("edits", [[{**WRAP, **WINDOW}], [{}], [{"change": {}}], [], [{"wrapp": {"main": "x"}}]])
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [{**WRAP, **WINDOW}],
+        [{}],
+        [{"change": {}}],
+        [],
+        [{"wrapp": {"main": "x"}}],
+        [{"wrap": {"main": "x", "blocks": []}}],
+    ],
+)
 def test_an_entry_holds_exactly_one_edit_that_does_something(edits: list[dict]) -> None:
     with pytest.raises(ValidationError):
         Surgery.model_validate({"edits": edits})

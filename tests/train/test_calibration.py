@@ -25,7 +25,7 @@ def student(scale: float = 5.0) -> GearshiftForCausalLM:
 
 def run(model: GearshiftForCausalLM, method: str) -> LayerwiseRun:
     stage = LayerwiseStage(steps=1, calibration=method)
-    return LayerwiseRun(model, model, Engine(Precision("auto", torch.device("cpu")), BlockSteps()), stage, 8, 4)
+    return LayerwiseRun(model, model, Engine(Precision("auto", torch.device("cpu")), BlockSteps()), stage, 0, 8, 4)
 
 
 def mean(errors: dict[str, list[float | None]], name: str) -> float:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from gearshift import Placement
 from gearshift.settings import load_settings
 from gearshift.train import Callback, Recipe, Record, StepRecord, read_records, train
+from gearshift.train.estimate import estimate
 from tests.models import supernet, tokens
 
 STAGES = (
@@ -256,3 +257,46 @@ def test_sources_that_make_no_sense_are_refused_in_a_sentence(changes: list[str]
     with pytest.raises(ValueError, match=sentence) as caught:
         load_settings(Recipe, None, ["model=m", "output=o", stages, *changes])
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_whose_record_says_empty_lists_where_nothing_was_given_goes_on(unbroken: Path, source: Path) -> None:
+    path = unbroken / "recipe.json"
+    said = path.read_text()
+    old = json.loads(said)
+    old["recipe"] |= {"data": [], "chats": []}
+    path.write_text(json.dumps(old))
+    try:
+        assert train(recipe(source, unbroken, held_out=2)).already_finished
+    finally:
+        path.write_text(said)
+
+
+def test_a_model_of_the_hub_is_downloaded_once_as_a_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(name: str, **settings: object) -> str:
+        asked.append(name)
+        return str(source / "model")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    stages = ({"type": "stochastic", "steps": 1},)
+    train(recipe(source, tmp_path / "run", model="some-org/some-model", stages=stages))
+    assert asked == ["some-org/some-model"]
+
+
+def test_a_hub_out_of_reach_is_asked_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(name: str, **settings: object) -> str:
+        asked.append(name)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    given = recipe(source, tmp_path / "run", model="some-org/some-model")
+    with pytest.raises(ValueError, match="no folder some-org/some-model, and the hub could not give it: no route to"):
+        train(given)
+    with pytest.raises(ValueError, match=r"no route to host .*give its sizes as a spec file"):
+        estimate(given)
+    assert asked == ["some-org/some-model"] * 2

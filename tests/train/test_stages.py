@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -72,13 +74,24 @@ def test_both_stages_learn_and_the_main_placement_stays_what_it_was() -> None:
     assert not model.training
 
 
-def test_progress_moves_by_steps_over_all_stages_and_catches_up_at_first() -> None:
-    moves: list[float] = []
-    records = train(supernet(layers=2), LayerwiseStage(steps=2), StochasticStage(steps=2))
-    watch = step_progress(moves.append)
+def test_progress_moves_by_steps_over_all_stages_and_tells_the_stage_and_the_loss() -> None:
+    moves: list[tuple[float, str | None]] = []
+    records = train(supernet(layers=2), LayerwiseStage(steps=2), StochasticStage(steps=2, sampling=only("gdn*2")))
+    watch = step_progress(lambda amount, note=None: moves.append((amount, note)), stages=3)
     for record in records[2:]:  # what a run resumed after the calibration and one step would say
         watch(record)
-    assert moves == [2, 1, 1]
+    steps = [record for record in records[2:] if isinstance(record, StepRecord)]
+    assert [amount for amount, _ in moves if amount] == [2, 1, 1]
+    assert [note for amount, note in moves if amount] == [
+        f"stage 1/3 layerwise, loss {steps[0].loss:.4g}",
+        f"stage 2/3 stochastic, loss {steps[1].loss:.4g}",
+        f"stage 2/3 stochastic, loss {steps[2].loss:.4g}",
+    ]
+    skipped = dataclasses.replace(steps[2], loss=None, global_step=4)
+    watch(skipped)
+    assert moves[-1] == (1, moves[-2][1])
+    watch(dataclasses.replace(skipped, stage=2, global_step=5))
+    assert moves[-1] == (1, "stage 3/3 stochastic")
 
 
 def test_the_stochastic_loss_falls_on_one_placement() -> None:

@@ -55,5 +55,7 @@ def test_a_bad_recipe_is_refused_in_one_sentence_said_once(tmp_path: Path) -> No
     ended = torchrun("-m", "gearshift", "train", tmp_path / "recipe.yaml")
     assert ended.returncode != 0
     assert ended.stderr.count("gearshift: ") == 1
-    assert "the key 'stages.0.steps' is missing" in ended.stderr
+    reason = f"{tmp_path}/recipe.yaml: the key 'stages.0.steps' is missing"
+    assert f"gearshift: {reason}" in ended.stderr
+    assert f"  traceback : {reason}\n" in ended.stderr  # torchrun's summary, whose word for it that is
     assert "exitcode  : 2" in ended.stderr

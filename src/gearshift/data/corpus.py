@@ -32,9 +32,9 @@ Boundaries = Literal["joined", "packed"]
 class DataSource(Spec):
     """One source of text."""
 
-    path: str | None = None
+    path: str | None = Field(default=None, min_length=1)
     """A file, or a folder that is searched: `.jsonl`, `.ndjson`, `.parquet`, or plain UTF-8 text, a document a file."""
-    dataset: str | None = None
+    dataset: str | None = Field(default=None, min_length=1)
     """The name of a dataset on the Hugging Face hub, in place of a path."""
     config: str | None = None
     """The dataset's configuration, if it has several."""

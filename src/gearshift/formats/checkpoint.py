@@ -102,20 +102,27 @@ def _alone(path: Path) -> Path | None:
     return path
 
 
-def _download(name: str, allow_pickle: bool) -> Path:
+def hub_folder(name: str, *patterns: str) -> Path:
+    """The files of a hub model that match `patterns`, downloaded; by itself, all that our readers take.
+
+    FileNotFoundError if there is none: at once where the hub is out of reach, while files asked for one by one are
+    asked for again and again.
+    """
     from huggingface_hub import snapshot_download
 
-    def download(*patterns: str) -> Path:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*", "consolidated*"]))
-
+    wanted = list(patterns or _HUB_FILES)
     try:
-        folder = download(*_HUB_FILES)
-        if allow_pickle and not any(folder.glob(f"*{SAFETENSORS.suffix}")):
-            folder = download(*_HUB_FILES, f"*{PICKLE.suffix}")
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*", "consolidated*"]))
     except Exception as error:  # the hub's client raises what its network stack does, and that is not one family
         raise FileNotFoundError(
             f"there is no folder {name}, and the hub could not give it: {_first_line(error)} ({type(error).__name__})"
         ) from error
+
+
+def _download(name: str, allow_pickle: bool) -> Path:
+    folder = hub_folder(name)
+    if allow_pickle and not any(folder.glob(f"*{SAFETENSORS.suffix}")):
+        folder = hub_folder(name, *_HUB_FILES, f"*{PICKLE.suffix}")
     return folder
 
 

@@ -1,7 +1,7 @@
 """The edits that a surgery is made of. Each takes a draft to a draft, or says why it cannot be carried out."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,7 @@ from gearshift.spec import MIXERS, BlockSpec, MixerSpec, Spec, StochasticMixerSp
 from gearshift.surgery.draft import LAYERS, Draft, mixer_tensors, mlp_shapes, stochastic
 
 Init = Literal["transfer", "random"]
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class Edit(Spec):
@@ -26,7 +27,7 @@ class Wrap(Edit):
 
     main: str
     """The name that the plain mixer gets."""
-    blocks: tuple[str, ...] | None = None
+    blocks: Names | None = None
     """Which blocks; all if left out."""
 
     def apply(self, draft: Draft) -> Draft:
@@ -52,7 +53,7 @@ class Add(Edit):
     """`transfer`: from another mixer's weights; `random`: from the mixer's own distributions."""
     source: str | None = None
     """The mixer to transfer from; the main one if left out."""
-    blocks: tuple[str, ...] | None = None
+    blocks: Names | None = None
     """Which blocks; all that have a stochastic mixer if left out."""
 
     def apply(self, draft: Draft) -> Draft:
@@ -80,7 +81,7 @@ class Drop(Edit):
 
     name: str
     """The mixer to drop. The main mixer stays."""
-    blocks: tuple[str, ...] | None = None
+    blocks: Names | None = None
     """Which blocks; all that have a stochastic mixer if left out."""
 
     def apply(self, draft: Draft) -> Draft:
@@ -109,7 +110,7 @@ class Replace(Edit):
     """In a stochastic mixer, which one to replace. Left out for plain mixers."""
     init: Init = "transfer"
     """`transfer`: from the replaced mixer's weights; `random`: from the new mixer's own distributions."""
-    blocks: tuple[str, ...] | None = None
+    blocks: Names | None = None
     """Which blocks; all if left out."""
 
     def apply(self, draft: Draft) -> Draft:
@@ -127,7 +128,7 @@ class Replace(Edit):
 class Change(Edit):
     """Change settings that leave every tensor's shape alone: a window, rotary positions, an epsilon."""
 
-    blocks: tuple[str, ...] | None = None
+    blocks: Names | None = None
     """Which blocks; all if left out."""
     name: str | None = None
     """In a stochastic mixer, whose settings `mixer` changes."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
+from gearshift.progress import Bar
 from gearshift.records import parse_record
 from gearshift.spec import Placement
 
@@ -108,15 +109,23 @@ class StoppedRecord(Record):
         return "stopped"
 
 
-def step_progress(advance: Callable[[float], None]) -> Callable[[Record], None]:
-    """For `on_record`: calls `advance` with the steps done since the last record; at first, with those done before."""
-    done = 0
+def step_progress(advance: Bar, stages: int) -> Callable[[Record], None]:
+    """For `on_record`: shows the steps done, the stage (of `stages`) and the latest loss on a bar.
+
+    The bar moves by the steps since the last record; at first, by those done before too.
+    """
+    done, stage, loss = 0, 0, ""
 
     def watch(record: Record) -> None:
-        nonlocal done
+        nonlocal done, stage, loss
+        steps = 0
+        if record.stage != stage:
+            stage, loss = record.stage, ""
         if isinstance(record, StepRecord):
-            advance(record.global_step + 1 - done)
-            done = record.global_step + 1
+            steps, done = record.global_step + 1 - done, record.global_step + 1
+            if record.loss is not None:
+                loss = f", loss {record.loss:.4g}"
+        advance(steps, f"stage {record.stage + 1}/{stages} {record.type}{loss}")
 
     return watch
 

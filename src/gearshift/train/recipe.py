@@ -277,9 +277,9 @@ class Recipe(DistillationSettings):
     """`self`: the model under its main placement. Or the folder of a reference model of the same shape."""
     text: str | None = None
     """A file, or a folder: short for one source of `data`. With neither, the English text that every Python carries."""
-    data: tuple[DataSource, ...] = ()
+    data: tuple[DataSource, ...] | None = Field(default=None, min_length=1)
     """The sources of text, mixed by their weights."""
-    chats: tuple[ChatSource, ...] = ()
+    chats: tuple[ChatSource, ...] | None = Field(default=None, min_length=1)
     """The sources of chats, mixed by their weights: what sft stages learn from. The other stages learn from text."""
     chat_template: str | None = None
     """A file with the Jinja template that renders chats; it is written with the model. Null: the tokenizer's own."""
@@ -317,13 +317,13 @@ class Recipe(DistillationSettings):
     @property
     def sources(self) -> tuple[DataSource, ...]:
         """The sources of text; none for the text that Python carries."""
-        return self.data if self.text is None else (DataSource(path=self.text),)
+        return (DataSource(path=self.text),) if self.text is not None else self.data or ()
 
-    @field_validator("model", "output", "teacher")
+    @field_validator("model", "output", "teacher", "text")
     @classmethod
-    def _not_empty(cls, value: str) -> str:
-        if not value.strip():
-            raise ValueError("give a folder")
+    def _not_empty(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("give a path, not an empty text")
         return value
 
 

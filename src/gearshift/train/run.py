@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from gearshift.data import Corpus, TokenSequences, open_chats, open_corpus, read_text
-from gearshift.formats import FORMATS, HUB_NAME, NativeConfig
+from gearshift.formats import FORMATS, HUB_NAME, NativeConfig, hub_folder
 from gearshift.formats.documents import read_json, write_json
 from gearshift.model import GearshiftConfig, GearshiftForCausalLM
 from gearshift.train.checkpoint import Checkpoints, replacing
@@ -143,20 +143,23 @@ def _prepare(
 ) -> tuple[Distiller, Any, dict[str, torch.dtype], str]:
     """The run before its first step, the tokenizer, the dtypes that the tensors came in, and a digest of the text."""
     half = Precision(recipe.autocast, device).enabled
-    model = _load(recipe.model)
+    folder = _folder(recipe.model)
+    model = _load(folder)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     parallel.place(model, device, half)
     teacher = None
     if recipe.teacher != "self":
-        teacher = _load(recipe.teacher).requires_grad_(False)
+        teacher = _load(_folder(recipe.teacher)).requires_grad_(False)
         parallel.place(teacher, device, half)
-    tokenizer = _tokenizer(recipe.model)
+    tokenizer = _tokenizer(folder)
     if recipe.chat_template is not None:
         tokenizer.chat_template = read_text(recipe.chat_template)
     settings = (tokenizer, recipe.sequence_length, recipe.documents, recipe.data_cache)
     kinds = {stage.reads_chats for stage in recipe.stages}
     text, held_out = _divided(open_corpus(recipe.sources, *settings) if False in kinds else None, recipe.held_out)
-    chats, held_out_chats = _divided(open_chats(recipe.chats, *settings) if True in kinds else None, recipe.held_out)
+    chats, held_out_chats = _divided(
+        open_chats(recipe.chats or (), *settings) if True in kinds else None, recipe.held_out
+    )
     distiller = Distiller(model, text, recipe, teacher, held_out, chats, held_out_chats, parallel)
     return distiller, tokenizer, dtypes, " ".join(corpus.digest() for corpus in (text, chats) if corpus is not None)
 
@@ -166,24 +169,34 @@ def _divided(corpus: Corpus | None, held_out: int) -> tuple[Corpus | None, Token
     return (corpus, None) if corpus is None or not held_out else corpus.split(held_out)
 
 
-def _load(folder: str) -> GearshiftForCausalLM:
+def _folder(name: str) -> Path:
+    """The folder of a model, downloaded where `name` is the hub's. ValueError if there is none."""
+    if Path(name).exists():
+        return Path(name)
+    if not HUB_NAME.fullmatch(name):
+        raise ValueError(f"there is no model at {name}: the folder does not exist")
+    try:
+        return hub_folder(name)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
+
+
+def _load(folder: Path) -> GearshiftForCausalLM:
     """A model as it was stored, on the CPU."""
-    if not Path(folder).exists() and not HUB_NAME.fullmatch(folder):
-        raise ValueError(f"there is no model at {folder}: the folder does not exist")
-    config = Path(folder) / "config.json"
+    config = folder / "config.json"
     if config.is_file() and read_json(config).get("model_type") != GearshiftConfig.model_type:
         raise ValueError(f"{folder} is no Gearshift model: make one of it with `gearshift convert {folder} OUT`")
     try:
         return GearshiftForCausalLM.from_pretrained(folder, dtype="auto")
     except OSError as error:
-        raise ValueError(f"no model can be loaded from {folder!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"no model can be loaded from {str(folder)!r}: {str(error).splitlines()[0]}") from None
 
 
-def _tokenizer(folder: str) -> Any:
+def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer can be loaded from {folder!r}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"no tokenizer can be loaded from {str(folder)!r}: {str(error).splitlines()[0]}") from None
 
 
 def _write(model: GearshiftForCausalLM, weights: Mapping[str, Tensor], tokenizer: Any, target: Path) -> None:
@@ -219,7 +232,7 @@ def _check_same_recipe(recipe: Recipe, output: Path) -> None:
         return
     before, now = json.loads(path.read_text())["recipe"], recipe.model_dump(mode="json")
     for key in now.keys() - MAY_CHANGE:
-        if before.get(key) != now[key]:
+        if before.get(key) != now[key] and (before.get(key) or now[key]):  # a list not given was once an empty one
             where, was, is_now = _difference(key, before.get(key), now[key])
             raise ValueError(
                 f"{output} holds a run of another recipe: there, {where!r} was {was!r}, not {is_now!r};"

@@ -70,13 +70,19 @@ class Compiled:
                 decompositions=_decompositions(),
             )
             with _tracing(), self.tracker.paused():
-                traced(*inputs)
+                traced(*map(_like, inputs))
             self._made[key] = traced, shape
         traced, shape = self._made[key]
         return tree_unflatten(list(traced(*inputs)), shape[0])
 
     def _graph(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         return make_boxed_func(_Sizes(gm, self.tracker))
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """A tensor to trace with in place of this one: a graph keeps such until Python's garbage collector comes by."""
+    fresh = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return fresh.requires_grad_(tensor.requires_grad)
 
 
 @contextmanager

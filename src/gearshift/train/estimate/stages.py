@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gearshift.formats import HUB_NAME, NativeConfig
+from gearshift.formats import HUB_NAME, NativeConfig, hub_folder
 from gearshift.formats.spec_file import read_native
 from gearshift.model.schema import skeleton
 from gearshift.spec import ModelSpec, Placement
@@ -95,23 +95,13 @@ def model_config(name: str) -> NativeConfig:
         return read_native(path)
     if (path / "config.json").is_file():
         return read_native(path / "config.json")
-    found = _from_hub(name) if HUB_NAME.fullmatch(name) else None
-    if found is None:
-        raise ValueError(
-            f"there is no config of {name!r}: make the model first, or give its sizes as a spec file (model=FILE.yaml)"
-        )
-    return read_native(found)
-
-
-def _from_hub(name: str) -> Path | None:
-    """The config of a hub model, downloaded by itself. None if there is none."""
-    from transformers.utils.hub import cached_file
-
-    try:
-        found = cached_file(name, "config.json")
-    except OSError:
-        return None
-    return None if found is None else Path(found)
+    why = f"there is no config of {name!r}"
+    if HUB_NAME.fullmatch(name):
+        try:
+            return read_native(hub_folder(name, "config.json") / "config.json")
+        except FileNotFoundError as error:
+            why = str(error)
+    raise ValueError(f"{why}: make the model first, or give its sizes as a spec file (model=FILE.yaml)")
 
 
 def shared_out(parts: Mapping[str, int], units: "Units", residual: int, ranks: Ranks) -> dict[str, int]:

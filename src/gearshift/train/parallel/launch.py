@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-GRACE = 5.0
-"""Seconds that a process waits for torchrun to end it, before it does so itself."""
+GRACE = 30.0
+"""Seconds that a process waits for torchrun to end it, before it does so itself.
+
+The first to fail takes seconds to leave Python on a busy machine; were another one faster, its status would be told."""
 
 
 @contextmanager
