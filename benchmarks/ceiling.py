@@ -3,12 +3,14 @@
     python benchmarks/ceiling.py [--model recipes/1.5b/model.yaml] [--length 4096] [--batch 4] [--steps 10]
 
 The ceiling is the rate of a large matrix product in the precision of training. A stage's rate counts what the
-mathematics needs (see `gearshift train --estimate`): no recomputation, nothing twice. Then the same stochastic steps,
-always with one mixer, on the supernet and on the model that holds no mixers but the main one and that. Weights and text
-are random.
+mathematics needs (see `gearshift train --estimate`): no recomputation, nothing twice. Then stochastic steps that always
+draw one mixer, on the supernet and on the model that holds no mixers but the main one and that: their time, and what
+PyTorch reserved, beside the weights of the mixers left out. Weights and text are random.
 """
 
 import argparse
+import gc
+import math
 import statistics
 import time
 from typing import Any
@@ -21,6 +23,7 @@ from training import WARM_UP, step_seconds
 from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec
 from gearshift.data import TokenSequences
 from gearshift.formats.spec_file import read_spec
+from gearshift.model.schema import skeleton
 from gearshift.spec import StochasticMixerSpec
 from gearshift.train import LayerwiseStage, PresetSampling, Recipe, StochasticStage
 from gearshift.train.estimate import estimate
@@ -45,16 +48,27 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(spec: ModelSpec, recipe: Recipe, device: torch.device) -> float:
-    """The median time of a step of the recipe's only stage, on random weights."""
+def timed(spec: ModelSpec, recipe: Recipe, device: torch.device) -> tuple[float, float]:
+    """The median time of a step of the recipe's only stage on random weights, and the gigabytes reserved for it."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     with device:
         torch.manual_seed(0)
         model = GearshiftForCausalLM(GearshiftConfig(spec))
     stage = recipe.stages[0]
-    warm_up = WARM_UP[stage.type] if device.type == "cuda" else 1
+    every = isinstance(stage, StochasticStage) and not isinstance(stage.sampling, PresetSampling)
+    warm_up = WARM_UP["stochastic" if every else "layerwise"] if device.type == "cuda" else 1
     longer = stage.model_copy(update={"steps": stage.steps + warm_up, "batch_size": recipe.batch_size})
     text = TokenSequences(torch.randint(spec.vocab_size, (4 * recipe.batch_size, recipe.sequence_length)))
-    return step_seconds(model, longer, text, warm_up, {})
+    seconds = step_seconds(model, longer, text, warm_up, {})
+    return seconds, torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else math.nan
+
+
+def weights(spec: ModelSpec) -> float:
+    """Gigabytes in float32."""
+    return 4 * sum(parameter.numel() for parameter in skeleton(spec).parameters()) / 1e9
 
 
 def with_mixers(spec: ModelSpec, names: set[str]) -> ModelSpec:
@@ -88,18 +102,22 @@ def main() -> None:
     tokens = options.length * options.batch
     for stage in (LayerwiseStage(calibration="none", steps=options.steps), StochasticStage(steps=options.steps)):
         recipe = Recipe(model=options.model, output="-", stages=(stage,), **sizes)
-        seconds, operations = timed(spec, recipe, device), estimate(recipe)[0].operations
+        (seconds, _), operations = timed(spec, recipe, device), estimate(recipe)[0].operations
         rate = operations / seconds
         row = (f"{seconds:.3f}", f"{tokens / seconds:,.0f}", f"{rate / 1e12:,.1f}", f"{rate / most:.0%}")
         rates.add_row(stage.type, *row)
     Console(width=100).print(rates)
-    costs = Table("mixer everywhere", "supernet, s", "alone, s", "ratio", title="what the other mixers cost")
+    columns = ("mixer everywhere", "supernet, s", "alone, s", "ratio", "supernet, GB", "alone, GB", "left out, GB")
+    costs = Table(*columns, title="what the other mixers cost")
     mixer = spec.decoder.layers[0].mixer
     assert isinstance(mixer, StochasticMixerSpec)
     for name in [name for name in mixer.mixers if name != mixer.main]:
         recipe = Recipe(model=options.model, output="-", stages=(always(name, options.steps),), **sizes)
-        whole, alone = (timed(s, recipe, device) for s in (spec, with_mixers(spec, {name, mixer.main})))
-        costs.add_row(name, f"{whole:.3f}", f"{alone:.3f}", f"{whole / alone:.2f}")
+        fewer = with_mixers(spec, {name, mixer.main})
+        (whole, more), (alone, less) = (timed(s, recipe, device) for s in (spec, fewer))
+        left_out = weights(spec) - weights(fewer)
+        times = f"{whole:.3f}", f"{alone:.3f}", f"{whole / alone:.2f}"
+        costs.add_row(name, *times, f"{more:.1f}", f"{less:.1f}", f"{left_out:.1f}")
     Console(width=100).print(costs)
 
 
