@@ -167,7 +167,7 @@ class Distiller:
     def _calibrate(self, index: int, run: StageRun) -> CalibrationRecord:
         started = time.perf_counter()
         batch = self._batch(index, 0, run.calibration_sequences()).to(self.device)
-        self.parallel.expect(self.model, self.teacher, self.model.spec.main)
+        self.parallel.expect(self.model, self.teacher, self.model.spec.main, deep=True)
         self.model.eval()  # what is fitted must not depend on what dropout leaves of it
         try:
             errors = run.calibrate(batch)
@@ -191,7 +191,7 @@ class Distiller:
         rate = stage.learning_rate * schedule(step, stage.steps, stage.schedule or settings.schedule)
         set_learning_rate(self.optimiser, rate)
         described = run.describe_step(global_step)
-        self.parallel.expect(self.model, self.teacher, described.get("placement") if run.through_depth else None)
+        self.parallel.expect(self.model, self.teacher, described.get("placement"), run.through_depth)
         parts = self._parts(index, batch.to(self.device))
         with self._seeded(global_step):
             terms = self._average(batch, parts, lambda part, share: run.learn(part, global_step, share))
@@ -258,7 +258,7 @@ class Distiller:
         if held_out is None:
             return None
         size = self.settings.batch_size_of(index) // self.settings.parts_of(index)
-        self.parallel.expect(self.model, self.teacher, self.model.spec.main)
+        self.parallel.expect(self.model, self.teacher, self.model.spec.main, deep=True)
         whole = held_out.all.to(self.device)
         parts = self.parallel.deal(whole, size)
         self.model.eval()

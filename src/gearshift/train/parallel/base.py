@@ -71,11 +71,12 @@ class Parallel:
         """The sum of `values` over all slices, on every process."""
         return values
 
-    def expect(self, model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, placement: Placement | None) -> None:
-        """Before a step: `model` learns under `placement`, through its depth; None if it learns layer by layer.
+    def expect(
+        self, model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, placement: Placement | None, deep: bool
+    ) -> None:
+        """Before a step: `model` runs under `placement` beside `teacher`, or only what learns of it if None.
 
-        Then each of its mixers that learn has its backward pass right behind its forward. Before anything else that
-        runs the models: `placement` is the main one.
+        `deep`: one backward pass goes through all layers; else each mixer has its own, right after its forward.
         """
 
     def sync(self, last: bool) -> None:

@@ -94,13 +94,15 @@ class ManyProcesses(Parallel):
     def total(self, values: Tensor) -> Tensor:
         return summed(values) / self.tensor.size()
 
-    def expect(self, model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, placement: Placement | None) -> None:
+    def expect(
+        self, model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, placement: Placement | None, deep: bool
+    ) -> None:
         blocks, taught_by = model.model.blocks, teacher.model.blocks
         shared = len(set(blocks)) < len(blocks) or len(set(taught_by)) < len(taught_by)
-        students = {block: [] if shared or placement is not None else _learning(block) for block in blocks}
+        students = {block: [] if shared or deep else _learning(block) for block in blocks}
         _expect_backward(self._units, [mixer for mixers in students.values() for mixer in mixers])
-        if shared:
-            return  # what comes behind a shared block differs from layer to layer
+        if shared or (placement is not None and not deep):
+            return  # a unit that runs twice has two that come behind it
         # What is fetched ahead is run next, or does not learn: left over, it would be old after the step.
         walk: list[Any]
         if placement is None:
