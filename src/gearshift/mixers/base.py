@@ -56,20 +56,6 @@ class MixContext:
         return self.once("documents", lambda: torch.searchsorted(cu_seqlens[1:], index, right=True)[None])
 
     @property
-    def places(self) -> Tensor | None:
-        """[tokens], how many tokens of its own document precede each token; None if nothing is packed."""
-        cu_seqlens = self.cu_seqlens
-        if cu_seqlens is None:
-            return None
-
-        def make() -> Tensor:
-            documents = self.documents
-            assert documents is not None
-            return torch.arange(self.tokens, device=cu_seqlens.device) - cu_seqlens[documents[0]]
-
-        return self.once("places", make)
-
-    @property
     def document_lengths(self) -> list[int] | None:
         """The number of tokens of each packed document; None if nothing is packed. Reads `cu_seqlens` once."""
         cu_seqlens = self.cu_seqlens
@@ -174,21 +160,11 @@ class Mixer(nn.Module, ABC):
         self.hidden_size = hidden_size
 
     def prepare(self, context: MixContext, dtype: torch.dtype) -> None:
-        """Make what `project` and `convolve` take from `context` for hidden states of `dtype`: compiled code only finds
-        it there. As it stands, that is `context.places`.
-        """
-        _ = context.places
+        """Make what `project` takes from `context` for hidden states of `dtype`: compiled code only finds it there."""
 
     @abstractmethod
     def project(self, hidden: Tensor, context: MixContext) -> Any:
         """hidden [batch, tokens, hidden] -> what the core reads, and what the output step needs beside its result."""
-
-    def convolve(self, inputs: Any, context: MixContext, state: MixerState | None = None) -> Any:
-        """What of the core comes before its kernel, such as short convolutions: compiled with `project` in training.
-
-        `core` takes what `project` gives, and what this makes of it.
-        """
-        return inputs
 
     @abstractmethod
     def core(self, inputs: Any, context: MixContext, state: MixerState | None) -> Any:

@@ -1,14 +1,14 @@
 """The short causal depthwise convolutions, with an activation, that recurrent mixers put after their projections."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gearshift.mixers import activations
-from gearshift.mixers.base import MixContext, Mixer, MixerState
+from gearshift.mixers.base import MixContext, MixerState
 from gearshift.mixers.footprint import CHUNK, Footprint, declares
 from gearshift.mixers.kernels import kernel
 from gearshift.plan import Constant, Initialiser, Uniform
@@ -72,44 +72,30 @@ def convolve(
     return mixed.split([x.shape[-1] for x in streams], dim=-1)
 
 
-class ConvolvingMixer(Mixer):
-    """A mixer whose core begins with short convolutions of some of what `project` gives."""
-
-    convolutions: ClassVar[Mapping[str, str]]
-    """Which: field of the named tuple that `project` returns -> the mixer's `ShortConvolution` it passes through.
-
-    All of these have a bias, or none has. A field `convolved` says whether it has happened.
-    """
-    conv_activation: str
-    """What follows them, by transformers' names."""
-
-    def convolve(self, inputs: Any, context: MixContext, state: MixerState | None = None) -> Any:
-        if inputs.convolved:
-            return inputs
-        streams = [getattr(inputs, name) for name in self.convolutions]
-        modules: list[ShortConvolution] = [getattr(self, name) for name in self.convolutions.values()]
-        biases = [module.bias for module in modules if module.bias is not None]
-        weights = [module.weight for module in modules]
-        mixed = convolve(streams, weights, context, state, biases or None, self.conv_activation)
-        # A bias, or an activation such as the sigmoid, makes something of padding.
-        named: dict[str, Any] = {
-            name: context.mask_padding(x) for name, x in zip(self.convolutions, mixed, strict=True)
-        }
-        named["convolved"] = True
-        # What `_replace` would give, which the compiler of torch 2.11 cannot follow.
-        return type(inputs)(*(named.get(name, value) for name, value in zip(inputs._fields, inputs, strict=True)))
+def run_convolutions(
+    streams: Sequence[Tensor],
+    convolutions: Sequence[ShortConvolution],
+    context: MixContext,
+    state: MixerState | None,
+    activation: str,
+) -> Sequence[Tensor]:
+    """`convolve` with the weights of `convolutions`: all have a bias or none has. Padded tokens come out as zeros."""
+    biases = [convolution.bias for convolution in convolutions if convolution.bias is not None]
+    weights = [convolution.weight for convolution in convolutions]
+    mixed = convolve(streams, weights, context, state, biases or None, activation)
+    # A bias, or an activation such as the sigmoid, makes something of nothing.
+    return [context.mask_padding(x) for x in mixed]
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, context: MixContext | None) -> Tensor:
-    if x.is_cuda and not torch.compiler.is_compiling():
+    if x.is_cuda:
         run = kernel(_KERNEL)
         cu_seqlens = None if context is None else context.cu_seqlens
         fused = _FUSED.get(activation)
         mixed = run(x, weight.squeeze(1), bias=bias, activation=fused, cu_seqlens=cu_seqlens)[0]
         return mixed if activation in _FUSED else activations.activation(activation)(mixed)
-    mixed = causal_convolution(x, weight, None if context is None else context.places)
-    mixed = activations.activation(activation)(mixed if bias is None else mixed + bias.float())
-    return mixed.to(x.dtype) if x.is_cuda else mixed
+    mixed = causal_convolution(x, weight, None if context is None else _places(context))
+    return activations.activation(activation)(mixed if bias is None else mixed + bias.float())
 
 
 def causal_convolution(x: Tensor, weight: Tensor, places: Tensor | None = None) -> Tensor:
@@ -127,6 +113,18 @@ def causal_convolution(x: Tensor, weight: Tensor, places: Tensor | None = None) 
             earlier = earlier * (places >= back)[:, None]
         mixed = torch.addcmul(mixed, earlier, columns[-1 - back])
     return mixed
+
+
+def _places(context: MixContext) -> Tensor | None:
+    """[tokens], how many tokens of its own document precede each token; None if nothing is packed."""
+    documents, cu_seqlens = context.documents, context.cu_seqlens
+    if documents is None or cu_seqlens is None:
+        return None
+
+    def make() -> Tensor:
+        return torch.arange(context.tokens, device=cu_seqlens.device) - cu_seqlens[documents[0]]
+
+    return context.once("places in documents", make)
 
 
 @declares(_KERNEL)

@@ -1,8 +1,7 @@
 """The steps of a block, as training takes them: compiled or as they are.
 
 What stands between a mixer's core (a recurrence's kernels, an attention function) and the next one is compiled as a
-whole: norms, projections, rotations, short convolutions, gates, residuals and the MLP, forwards and backwards. Cores
-run as they are.
+whole: norms, projections, rotations, gates, residuals and the MLP, forwards and backwards. Cores run as they are.
 """
 
 from collections.abc import Callable
@@ -120,7 +119,7 @@ def _norm(block: Block, hidden: Tensor) -> Tensor:
 
 
 def _project(mixer: Mixer, normed: Tensor, context: MixContext) -> Any:
-    return mixer.convolve(mixer.project(normed, context), context)
+    return mixer.project(normed, context)
 
 
 def _output(mixer: Mixer, result: Any) -> Tensor:

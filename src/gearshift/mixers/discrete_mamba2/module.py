@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gearshift.mixers.activations import activation
-from gearshift.mixers.base import MixContext, Mixed, MixerState, Sharding
-from gearshift.mixers.convolution import ConvolvingMixer, ShortConvolution, convolution_initialisers
+from gearshift.mixers.base import MixContext, Mixed, Mixer, MixerState, Sharding
+from gearshift.mixers.convolution import ShortConvolution, convolution_initialisers, run_convolutions
 from gearshift.mixers.discrete_mamba2 import DiscreteMamba2Spec
 from gearshift.mixers.kernels import check_kernels
 from gearshift.mixers.projections import projected
@@ -32,14 +32,11 @@ class Projected(NamedTuple):
     """[batch, tokens, value_heads], `a` of the decay exp(-softplus(a))."""
     gate: Tensor
     """[batch, tokens, value_heads * head_dim], the output gate before its activation."""
-    convolved: bool = False
-    """Whether x, b and c have passed their convolutions."""
 
 
-class DiscreteMamba2(ConvolvingMixer):
+class DiscreteMamba2(Mixer):
     """Linear attention with a decay a head between short convolutions and a gate (arXiv 2408.10189)."""
 
-    convolutions: ClassVar[dict[str, str]] = {"x": "x_conv", "b": "b_conv", "c": "c_conv"}
     sharding: ClassVar[dict[str, Sharding]] = {
         **{f"{name}.{kind}": "column" for name in PROJECTIONS[:-1] for kind in ("weight", "bias")},
         **{f"{name}.{kind}": "column" for name in CONVOLUTIONS for kind in ("weight", "bias")},
@@ -51,7 +48,6 @@ class DiscreteMamba2(ConvolvingMixer):
     def __init__(self, spec: DiscreteMamba2Spec, hidden_size: int):
         super().__init__(spec, hidden_size)
         activation(spec.activation)  # an unknown one is refused when the model is built
-        self.conv_activation = spec.activation
         assert spec.key_heads is not None, "a module needs a resolved spec"
         assert spec.head_dim is not None, "a module needs a resolved spec"
         inner, shared, bias = spec.value_heads * spec.head_dim, spec.key_heads * spec.state_size, spec.projection_bias
@@ -73,9 +69,11 @@ class DiscreteMamba2(ConvolvingMixer):
         return Projected(x, b, c, decay, gate)
 
     def core(self, inputs: Projected, context: MixContext, state: MixerState | None) -> Mixed:
-        inputs = self.convolve(inputs, context, state)
-        x = inputs.x.unflatten(-1, (-1, self.spec.head_dim))
-        b, c = (stream.unflatten(-1, (-1, self.spec.state_size)) for stream in (inputs.b, inputs.c))
+        convolutions = (self.x_conv, self.b_conv, self.c_conv)
+        streams = (inputs.x, inputs.b, inputs.c)
+        x, b, c = run_convolutions(streams, convolutions, context, state, self.spec.activation)
+        x = x.unflatten(-1, (-1, self.spec.head_dim))
+        b, c = (stream.unflatten(-1, (-1, self.spec.state_size)) for stream in (b, c))
         output = state_space_dual(c, b, x, -F.softplus(inputs.decay.float()), context, state)
         output = output + self.D.float()[:, None] * x
         return Mixed(output.flatten(2), inputs.gate)

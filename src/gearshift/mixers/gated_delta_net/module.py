@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from gearshift.mixers.activations import activation
-from gearshift.mixers.base import MixContext, Mixed, MixerState, Sharding
-from gearshift.mixers.convolution import ConvolvingMixer, ShortConvolution, convolution_initialisers
+from gearshift.mixers.base import MixContext, Mixed, Mixer, MixerState, Sharding
+from gearshift.mixers.convolution import ShortConvolution, convolution_initialisers, run_convolutions
 from gearshift.mixers.delta_rule import delta_rule, log_decay
 from gearshift.mixers.fused_delta_rule import fused_delta_rule
 from gearshift.mixers.gated_delta_net import GatedDeltaNetSpec
@@ -32,14 +32,11 @@ class Projected(NamedTuple):
     """[batch, tokens, value_heads], before the sigmoid."""
     gate: Tensor
     """[batch, tokens, value_heads, value_dim], the output gate before its activation."""
-    convolved: bool = False
-    """Whether queries, keys and values have passed their convolutions."""
 
 
-class GatedDeltaNet(ConvolvingMixer):
+class GatedDeltaNet(Mixer):
     """The delta rule with a decay a head, between short convolutions and a gated norm (arXiv 2412.06464)."""
 
-    convolutions: ClassVar[dict[str, str]] = {"query": "q_conv", "key": "k_conv", "value": "v_conv"}
     sharding: ClassVar[dict[str, Sharding]] = {
         **{f"{name}_proj.weight": "column" for name in ("q", "k", "v", "a", "b", "gate")},
         **{f"{name}_conv.weight": "column" for name in "qkv"},
@@ -52,7 +49,6 @@ class GatedDeltaNet(ConvolvingMixer):
     def __init__(self, spec: GatedDeltaNetSpec, hidden_size: int):
         super().__init__(spec, hidden_size)
         activation(spec.conv_activation)  # an unknown one is refused when the model is built
-        self.conv_activation = spec.conv_activation
         assert spec.value_heads is not None, "a module needs a resolved spec"
         assert spec.key_dim is not None, "a module needs a resolved spec"
         assert spec.value_dim is not None, "a module needs a resolved spec"
@@ -78,10 +74,12 @@ class GatedDeltaNet(ConvolvingMixer):
         return Projected(query, key, value, decay, beta, gate.unflatten(-1, (-1, self.spec.value_dim)))
 
     def core(self, inputs: Projected, context: MixContext, state: MixerState | None) -> Mixed:
-        inputs = self.convolve(inputs, context, state)
-        query = inputs.query.unflatten(-1, (-1, self.spec.key_dim))
-        key = inputs.key.unflatten(-1, (-1, self.spec.key_dim))
-        value = inputs.value.unflatten(-1, (-1, self.spec.value_dim))
+        convolutions = (self.q_conv, self.k_conv, self.v_conv)
+        streams = (inputs.query, inputs.key, inputs.value)
+        query, key, value = run_convolutions(streams, convolutions, context, state, self.spec.conv_activation)
+        query = query.unflatten(-1, (-1, self.spec.key_dim))
+        key = key.unflatten(-1, (-1, self.spec.key_dim))
+        value = value.unflatten(-1, (-1, self.spec.value_dim))
         if value.is_cuda:
             gates = (inputs.decay, inputs.beta, self.A_log, self.dt_bias)
             output = fused_delta_rule(query, key, value, *gates, context, state, self.spec.negative_eigenvalues)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from gearshift.mixers.activations import activation
-from gearshift.mixers.base import MixContext, Mixed, MixerState, Sharding
-from gearshift.mixers.convolution import ConvolvingMixer, ShortConvolution, convolution_initialisers
+from gearshift.mixers.base import MixContext, Mixed, Mixer, MixerState, Sharding
+from gearshift.mixers.convolution import ShortConvolution, convolution_initialisers, run_convolutions
 from gearshift.mixers.delta_rule import delta_rule, log_decay
 from gearshift.mixers.fused_delta_rule import fused_delta_rule
 from gearshift.mixers.gated_norm import GatedRMSNorm
@@ -32,14 +32,11 @@ class Projected(NamedTuple):
     """[batch, tokens, heads], before the sigmoid."""
     gate: Tensor
     """[batch, tokens, heads, head_dim], the output gate before its activation."""
-    convolved: bool = False
-    """Whether queries, keys and values have passed their convolutions."""
 
 
-class KimiDeltaAttention(ConvolvingMixer):
+class KimiDeltaAttention(Mixer):
     """The delta rule with a decay a channel, between short convolutions and a gated norm (arXiv 2510.26692)."""
 
-    convolutions: ClassVar[dict[str, str]] = {"query": "q_conv", "key": "k_conv", "value": "v_conv"}
     sharding: ClassVar[dict[str, Sharding]] = {
         **{f"{name}_proj.weight": "column" for name in ("q", "k", "v", "b", "decay_up", "gate_up")},
         "decay_down_proj.weight": "replicated",
@@ -54,7 +51,6 @@ class KimiDeltaAttention(ConvolvingMixer):
     def __init__(self, spec: KimiDeltaAttentionSpec, hidden_size: int):
         super().__init__(spec, hidden_size)
         activation(spec.conv_activation)  # an unknown one is refused when the model is built
-        self.conv_activation = spec.conv_activation
         assert spec.head_dim is not None, "a module needs a resolved spec"
         assert spec.decay_rank is not None, "a module needs a resolved spec"
         assert spec.gate_rank is not None, "a module needs a resolved spec"
@@ -83,8 +79,10 @@ class KimiDeltaAttention(ConvolvingMixer):
         return Projected(query, key, value, decay, beta, gate)
 
     def core(self, inputs: Projected, context: MixContext, state: MixerState | None) -> Mixed:
-        inputs = self.convolve(inputs, context, state)
-        query, key, value = map(self._heads, (inputs.query, inputs.key, inputs.value))
+        convolutions = (self.q_conv, self.k_conv, self.v_conv)
+        streams = (inputs.query, inputs.key, inputs.value)
+        convolved = run_convolutions(streams, convolutions, context, state, self.spec.conv_activation)
+        query, key, value = map(self._heads, convolved)
         if value.is_cuda:
             gates = (inputs.decay, inputs.beta, self.A_log, self.dt_bias)
             output = fused_delta_rule(query, key, value, *gates, context, state)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gearshift.mixers.activations import activation
-from gearshift.mixers.base import MixContext, Mixed, MixerState, Sharding
-from gearshift.mixers.convolution import ConvolvingMixer, ShortConvolution, convolution_initialisers
+from gearshift.mixers.base import MixContext, Mixed, Mixer, MixerState, Sharding
+from gearshift.mixers.convolution import ShortConvolution, convolution_initialisers, run_convolutions
 from gearshift.mixers.kernels import check_kernels, kernel
 from gearshift.mixers.mamba import MambaSpec
 from gearshift.mixers.norm import norm, norm_start
@@ -37,14 +37,11 @@ class Projected(NamedTuple):
     """None in a classic projection, whose selection is made from the convolved x."""
     gate: Tensor
     """[batch, tokens, inner_size], the output gate before its activation."""
-    convolved: bool = False
-    """Whether x has passed its convolution."""
 
 
-class Mamba(ConvolvingMixer):
+class Mamba(Mixer):
     """The selective scan between a short convolution and a gate (arXiv 2312.00752; grouped: arXiv 2408.15237)."""
 
-    convolutions: ClassVar[dict[str, str]] = {"x": "conv"}
     sharding: ClassVar[dict[str, Sharding]] = {
         **{f"{name}_proj.{kind}": "column" for name in ("gate", "x", "b", "c") for kind in ("weight", "bias")},
         "selection_proj.weight": "row",
@@ -64,7 +61,6 @@ class Mamba(ConvolvingMixer):
     def __init__(self, spec: MambaSpec, hidden_size: int):
         super().__init__(spec, hidden_size)
         activation(spec.activation)  # an unknown one is refused when the model is built
-        self.conv_activation = spec.activation
         assert spec.inner_size is not None, "a module needs a resolved spec"
         assert isinstance(spec.dt_rank, int), "a module needs a resolved spec"
         inner, rank, bias = spec.inner_size, spec.dt_rank, spec.projection_bias
@@ -100,9 +96,9 @@ class Mamba(ConvolvingMixer):
         return Projected(context.mask_padding(x), Selection(dt, b, c), gate)
 
     def core(self, inputs: Projected, context: MixContext, state: MixerState | None) -> Mixed:
-        inputs = self.convolve(inputs, context, state)
-        x = inputs.x if self.spec.repeat_kv_before_conv else self._shared(inputs.x)
-        selection = self._selection(x.to(inputs.gate.dtype)) if inputs.selection is None else inputs.selection
+        (x,) = run_convolutions([inputs.x], [self.conv], context, state, self.spec.activation)
+        x = x if self.spec.repeat_kv_before_conv else self._shared(x)
+        selection = self._selection(x.to(inputs.x.dtype)) if inputs.selection is None else inputs.selection
         step = self.dt_up_proj(selection.dt).float()
         if self.dt_bias is not None:
             step = step + self.dt_bias.float() * (2 if self.spec.doubled_dt_bias else 1)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gearshift.mixers.activations import activation
-from gearshift.mixers.base import MixContext, Mixed, MixerState, Sharding
-from gearshift.mixers.convolution import ConvolvingMixer, ShortConvolution, convolution_initialisers
+from gearshift.mixers.base import MixContext, Mixed, Mixer, MixerState, Sharding
+from gearshift.mixers.convolution import ShortConvolution, convolution_initialisers, run_convolutions
 from gearshift.mixers.gated_norm import GroupedGatedRMSNorm
 from gearshift.mixers.kernels import check_kernels
 from gearshift.mixers.mamba2 import Mamba2Spec
@@ -33,14 +33,11 @@ class Projected(NamedTuple):
     """[batch, tokens, heads], before its bias and its softplus."""
     gate: Tensor
     """[batch, tokens, heads * head_dim], the output gate before its activation."""
-    convolved: bool = False
-    """Whether x, b and c have passed their convolutions."""
 
 
-class Mamba2(ConvolvingMixer):
+class Mamba2(Mixer):
     """State space duality between short convolutions and a gated norm (arXiv 2405.21060)."""
 
-    convolutions: ClassVar[dict[str, str]] = {"x": "x_conv", "b": "b_conv", "c": "c_conv"}
     sharding: ClassVar[dict[str, Sharding]] = {
         **{f"{name}.{kind}": "column" for name in PROJECTIONS[:-1] for kind in ("weight", "bias")},
         **{f"{name}.{kind}": "column" for name in CONVOLUTIONS for kind in ("weight", "bias")},
@@ -55,7 +52,6 @@ class Mamba2(ConvolvingMixer):
     def __init__(self, spec: Mamba2Spec, hidden_size: int):
         super().__init__(spec, hidden_size)
         activation(spec.activation)  # an unknown one is refused when the model is built
-        self.conv_activation = spec.activation
         assert spec.heads is not None, "a module needs a resolved spec"
         assert spec.norm_groups is not None, "a module needs a resolved spec"
         inner, shared, bias = spec.heads * spec.head_dim, spec.groups * spec.state_size, spec.projection_bias
@@ -80,9 +76,11 @@ class Mamba2(ConvolvingMixer):
         return Projected(x, b, c, dt, gate)
 
     def core(self, inputs: Projected, context: MixContext, state: MixerState | None) -> Mixed:
-        inputs = self.convolve(inputs, context, state)
-        x = inputs.x.unflatten(-1, (-1, self.spec.head_dim))
-        b, c = (stream.unflatten(-1, (-1, self.spec.state_size)) for stream in (inputs.b, inputs.c))
+        convolutions = (self.x_conv, self.b_conv, self.c_conv)
+        streams = (inputs.x, inputs.b, inputs.c)
+        x, b, c = run_convolutions(streams, convolutions, context, state, self.spec.activation)
+        x = x.unflatten(-1, (-1, self.spec.head_dim))
+        b, c = (stream.unflatten(-1, (-1, self.spec.state_size)) for stream in (b, c))
         step = F.softplus(inputs.dt.float() + self.dt_bias.float()).clamp(*self.spec.time_step_limit)
         decay = -self.A_log.float().exp() * step
         output = state_space_dual(c, b, (x * step[..., None]).to(x.dtype), decay, context, state)
