@@ -1,6 +1,6 @@
 """How near training comes to what the device can do, and what the mixers that are not sampled cost.
 
-    python benchmarks/ceiling.py [--model recipes/1.5b/model.yaml] [--length 4096] [--batch 4] [--steps 10]
+    python benchmarks/ceiling.py [--model recipes/1.5b/model.yaml] [--length 4096] [--batch 4] [--steps 10] [--no-graphs]
 
 The ceiling is the rate of a large matrix product in the precision of training. A stage's rate counts what the
 mathematics needs (see `gearshift train --estimate`): no recomputation, nothing twice. Then stochastic steps that always
@@ -48,7 +48,7 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(spec: ModelSpec, recipe: Recipe, device: torch.device) -> tuple[float, float]:
+def timed(spec: ModelSpec, recipe: Recipe, device: torch.device, graphs: bool) -> tuple[float, float]:
     """The median time of a step of the recipe's only stage on random weights, and the gigabytes reserved for it."""
     if device.type == "cuda":
         gc.collect()
@@ -58,11 +58,11 @@ def timed(spec: ModelSpec, recipe: Recipe, device: torch.device) -> tuple[float,
         torch.manual_seed(0)
         model = GearshiftForCausalLM(GearshiftConfig(spec))
     stage = recipe.stages[0]
-    every = isinstance(stage, StochasticStage) and not isinstance(stage.sampling, PresetSampling)
-    warm_up = WARM_UP["stochastic" if every else "layerwise"] if device.type == "cuda" else 1
+    drawn = isinstance(stage, StochasticStage) and not isinstance(stage.sampling, PresetSampling)
+    warm_up = WARM_UP["stochastic" if drawn and graphs else "layerwise"] if device.type == "cuda" else 1
     longer = stage.model_copy(update={"steps": stage.steps + warm_up, "batch_size": recipe.batch_size})
     text = TokenSequences(torch.randint(spec.vocab_size, (4 * recipe.batch_size, recipe.sequence_length)))
-    seconds = step_seconds(model, longer, text, warm_up, {})
+    seconds = step_seconds(model, longer, text, warm_up, {} if graphs else {"cuda_graphs": False})
     return seconds, torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else math.nan
 
 
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="record CUDA graphs")
     parser.add_argument("--matrix", type=int, default=8192)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -102,7 +103,7 @@ def main() -> None:
     tokens = options.length * options.batch
     for stage in (LayerwiseStage(calibration="none", steps=options.steps), StochasticStage(steps=options.steps)):
         recipe = Recipe(model=options.model, output="-", stages=(stage,), **sizes)
-        (seconds, _), operations = timed(spec, recipe, device), estimate(recipe)[0].operations
+        (seconds, _), operations = timed(spec, recipe, device, options.graphs), estimate(recipe)[0].operations
         rate = operations / seconds
         row = (f"{seconds:.3f}", f"{tokens / seconds:,.0f}", f"{rate / 1e12:,.1f}", f"{rate / most:.0%}")
         rates.add_row(stage.type, *row)
@@ -114,7 +115,7 @@ def main() -> None:
     for name in [name for name in mixer.mixers if name != mixer.main]:
         recipe = Recipe(model=options.model, output="-", stages=(always(name, options.steps),), **sizes)
         fewer = with_mixers(spec, {name, mixer.main})
-        (whole, more), (alone, less) = (timed(s, recipe, device) for s in (spec, fewer))
+        (whole, more), (alone, less) = (timed(s, recipe, device, options.graphs) for s in (spec, fewer))
         left_out = weights(spec) - weights(fewer)
         times = f"{whole:.3f}", f"{alone:.3f}", f"{whole / alone:.2f}"
         costs.add_row(name, *times, f"{more:.1f}", f"{less:.1f}", f"{left_out:.1f}")

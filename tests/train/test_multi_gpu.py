@@ -14,6 +14,8 @@ from tests.train.test_torchrun import check_restart, torchrun, write
 
 pytestmark = pytest.mark.multi_gpu
 
+COMPILING = 400
+"""Seconds for a run, most of which compiles kernels."""
 HEADS = {"heads": 4, "kv_heads": 2, "head_dim": 32}
 ATTENTIONS = {"attention": {"type": "attention", **HEADS}, "window": {"type": "attention", **HEADS, "window": 6}}
 RECURRENT = {
@@ -51,7 +53,7 @@ def case(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.
     settings = {"model": model, "device": "cuda", "autocast": "none" if exact else "bfloat16", "sequence_length": 64}
     settings |= {"batch_size": 8, "held_out": 3, "stages": RECOMPUTED, "compile": False, "cuda_graphs": False}
     run = recipe(source, folder / "alone", **settings)
-    ended = torchrun("-m", "gearshift", "train", write(run, folder), processes=1)
+    ended = torchrun("-m", "gearshift", "train", write(run, folder), processes=1, timeout=COMPILING)
     assert ended.returncode == 0, ended.stderr
     return 1e-5 if exact else 3e-2, settings, timeless(folder / "alone")
 
@@ -63,7 +65,7 @@ def test_many_gpus_learn_what_one_does(source, case, tmp_path, name) -> None:
         pytest.skip(f"needs {gpus} GPUs")
     largest, settings, alone = case
     path = write(recipe(source, tmp_path / "run", parallel=parallel, **settings), tmp_path)
-    ended = torchrun("-m", "gearshift", "train", path, processes=gpus)
+    ended = torchrun("-m", "gearshift", "train", path, processes=gpus, timeout=COMPILING)
     assert ended.returncode == 0, ended.stderr
     assert furthest(timeless(tmp_path / "run"), alone) < largest
 
@@ -75,7 +77,7 @@ def test_compiled_gpus_learn_what_a_plain_one_does(source, case, tmp_path, name)
         pytest.skip(f"needs {gpus} GPUs")
     largest, settings, alone = case
     path = write(recipe(source, tmp_path / "run", parallel=parallel, **{**settings, "compile": True}), tmp_path)
-    ended = torchrun("-m", "gearshift", "train", path, processes=gpus)
+    ended = torchrun("-m", "gearshift", "train", path, processes=gpus, timeout=COMPILING)
     assert ended.returncode == 0, ended.stderr
     assert furthest(timeless(tmp_path / "run"), alone) < max(largest, 1e-3)  # fused sums have another order
 

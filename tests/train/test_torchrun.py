@@ -14,12 +14,12 @@ from tests.train.test_run import recipe, timeless
 STAGES = ({"type": "layerwise", "steps": 2}, {"type": "stochastic", "steps": 2})
 
 
-def torchrun(*arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments: object, processes: int = 2, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc-per-node PROCESSES ARGUMENTS`, its output as text."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
