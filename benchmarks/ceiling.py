@@ -1,6 +1,6 @@
 """How near training comes to what the device can do, and what the mixers that are not sampled cost.
 
-    python benchmarks/ceiling.py [--model recipes/1.5b/model.yaml] [--length 4096] [--batch 4] [--steps 10] [--no-graphs]
+    python benchmarks/ceiling.py [--model recipes/1.5b/model.yaml] [--length 4096] [--batch 4] [--no-graphs]
 
 The ceiling is the rate of a large matrix product in the precision of training. A stage's rate counts what the
 mathematics needs (see `gearshift train --estimate`): no recomputation, nothing twice. Then stochastic steps that always
