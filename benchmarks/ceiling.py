@@ -13,6 +13,7 @@ import gc
 import math
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from gearshift.model.schema import skeleton
 from gearshift.spec import StochasticMixerSpec
 from gearshift.train import LayerwiseStage, PresetSampling, Recipe, StochasticStage
 from gearshift.train.estimate import estimate
+
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def ceiling(device: torch.device, size: int) -> float:
@@ -86,7 +89,7 @@ def always(mixer: str, steps: int) -> StochasticStage:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="recipes/1.5b/model.yaml")
+    parser.add_argument("--model", default=str(RECIPES / "1.5b" / "model.yaml"))
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10)
@@ -94,7 +97,7 @@ def main() -> None:
     parser.add_argument("--matrix", type=int, default=8192)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    device, spec = torch.device(options.device), read_spec(options.model)
+    device, spec, console = torch.device(options.device), read_spec(options.model), Console(width=100)
     most = ceiling(device, options.matrix)
     sizes: dict[str, Any] = {"sequence_length": options.length, "batch_size": options.batch, "device": options.device}
     rates = Table(
@@ -107,7 +110,7 @@ def main() -> None:
         rate = operations / seconds
         row = (f"{seconds:.3f}", f"{tokens / seconds:,.0f}", f"{rate / 1e12:,.1f}", f"{rate / most:.0%}")
         rates.add_row(stage.type, *row)
-    Console(width=100).print(rates)
+        console.print(rates)  # as it stands: the first steps take minutes
     columns = ("mixer everywhere", "supernet, s", "alone, s", "ratio", "supernet, GB", "alone, GB", "left out, GB")
     costs = Table(*columns, title="what the other mixers cost")
     mixer = spec.decoder.layers[0].mixer
@@ -119,7 +122,7 @@ def main() -> None:
         left_out = weights(spec) - weights(fewer)
         times = f"{whole:.3f}", f"{alone:.3f}", f"{whole / alone:.2f}"
         costs.add_row(name, *times, f"{more:.1f}", f"{less:.1f}", f"{left_out:.1f}")
-    Console(width=100).print(costs)
+        console.print(costs)
 
 
 if __name__ == "__main__":

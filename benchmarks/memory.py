@@ -8,6 +8,7 @@ not counted. A stochastic stage draws uniform placements; one sequence of `--len
 
 import argparse
 import gc
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -19,6 +20,7 @@ from gearshift.formats.spec_file import read_spec
 from gearshift.train import Distiller, LayerwiseStage, Recipe, StochasticStage, UniformSampling
 from gearshift.train.estimate import estimate
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 STAGES = {
     "layerwise": LayerwiseStage(steps=3, calibration="none"),
     "stochastic": StochasticStage(steps=3, sampling=UniformSampling()),
@@ -40,7 +42,7 @@ def measure(recipe: Recipe) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="recipes/smollm2-135m/model.yaml")
+    parser.add_argument("--model", default=str(RECIPES / "smollm2-135m" / "model.yaml"))
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 32768, 131072])
     parser.add_argument("--tokens", type=int, default=16384, help="tokens a step, where sequences are not longer")
     parser.add_argument("--plain", action="store_true", help="without torch.compile")
@@ -60,7 +62,7 @@ def main() -> None:
             table.add_row(f"{rows} x {length:,}", name, f"{expected / 1e9:.2f}", *found)
             gc.collect()
             torch.cuda.empty_cache()
-    Console(width=100).print(table)
+            Console(width=100).print(table)  # as it stands: kernels of a new length take minutes
 
 
 if __name__ == "__main__":
