@@ -19,6 +19,7 @@ from gearshift.train import (
     distil,
     losses,
 )
+from gearshift.train.engine import WIDE, make_engine
 from gearshift.train.parallel import ALONE, Parallel, parallelise, process_group
 from tests.models import MIXERS, supernet, tokens
 from tests.train.processes import run_processes
@@ -120,6 +121,17 @@ def _check_slices() -> None:
 def test_graphs_need_cuda() -> None:
     with pytest.raises(ValueError, match="cuda_graphs: true needs a CUDA device, not cpu"):
         learnt("layerwise", cuda_graphs=True)
+
+
+@pytest.mark.parametrize(("hidden_size", "graphs"), [(64, True), (WIDE, False)])
+def test_graphs_are_for_narrow_models(hidden_size: int, graphs: bool) -> None:
+    model = supernet(layers=1, hidden_size=hidden_size)
+    settings = DistillationSettings(stages=(STAGES["layerwise"],), autocast="none", attn_implementation="sdpa")
+    engine = make_engine(settings, {model}, torch.device("cuda"), ALONE)
+    assert engine.steps.compiled
+    assert engine.graphs == graphs
+    asked = settings.model_copy(update={"cuda_graphs": True})
+    assert make_engine(asked, {model}, torch.device("cuda"), ALONE).graphs
 
 
 @pytest.mark.gpu

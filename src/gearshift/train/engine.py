@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from gearshift.mixers.base import Mixer
+from gearshift.model import GearshiftForCausalLM
 from gearshift.train.parallel import ALONE, Parallel
 from gearshift.train.recipe import DistillationSettings
 from gearshift.train.steps import BlockSteps, CompiledSteps
 
 FLEX = "flex_attention"
+WIDE = 2048
+"""Channels from which on kernels are long enough to be launched one by one, and graphs mostly take memory."""
 
 
 class Precision:
@@ -50,7 +53,7 @@ class Engine:
 
 
 def make_engine(
-    settings: DistillationSettings, models: set[nn.Module], device: torch.device, parallel: Parallel
+    settings: DistillationSettings, models: set[GearshiftForCausalLM], device: torch.device, parallel: Parallel
 ) -> Engine:
     """What `settings` ask for, or else the fastest that `models` allow on `device`, in the arrangement `parallel`.
 
@@ -59,7 +62,8 @@ def make_engine(
     obstacle = _obstacle(models)
     able = device.type == "cuda" and obstacle is None
     compiled = (able and parallel.compilable) if settings.compile is None else settings.compile
-    graphs = (able and parallel is ALONE) if settings.cuda_graphs is None else settings.cuda_graphs
+    narrow = all(model.spec.hidden_size < WIDE for model in models)
+    graphs = (able and parallel is ALONE and narrow) if settings.cuda_graphs is None else settings.cuda_graphs
     if compiled and not parallel.compilable:
         raise ValueError("compile: true cannot compile slices of tensors (parallel: tensor above 1): leave it out")
     if graphs and parallel is not ALONE:
@@ -72,7 +76,9 @@ def make_engine(
     return Engine(Precision(settings.autocast, device), steps, graphs, _attn_implementation(settings, models, device))
 
 
-def _attn_implementation(settings: DistillationSettings, models: set[nn.Module], device: torch.device) -> str | None:
+def _attn_implementation(
+    settings: DistillationSettings, models: set[GearshiftForCausalLM], device: torch.device
+) -> str | None:
     unable = [mixer for model in models for mixer in _mixers(model) if not mixer.supports_attention(FLEX)]
     if settings.attn_implementation == FLEX and unable:
         raise ValueError(
@@ -84,7 +90,7 @@ def _attn_implementation(settings: DistillationSettings, models: set[nn.Module],
     return settings.attn_implementation
 
 
-def _obstacle(models: set[nn.Module]) -> str | None:
+def _obstacle(models: set[GearshiftForCausalLM]) -> str | None:
     """What keeps a step from being recorded, None if nothing does."""
     for model in models:
         for name, module in model.named_modules():
