@@ -257,6 +257,11 @@ def test_the_quickstart_on_a_tiny_model(tmp_path: Path) -> None:
     assert [item.preset for item in report.generations] == ["main", "quality", "balanced", "fast"]
     page = (tmp_path / "report.html").read_text()
     assert "<svg" in page
+    job = json.loads((tmp_path / "quickstart.json").read_text())
+    del job["settings"]["distillation"]["stages"][0]["stream"]  # as an earlier version wrote it
+    (tmp_path / "quickstart.json").write_text(json.dumps(job))
     again = succeed("quickstart", "--out", tmp_path, "--model", "tiny").output
     assert "done before" in again
-    assert gearshift("quickstart", "--out", tmp_path, "--model", "tiny", "seed=1").exit_code == 2
+    other = gearshift("quickstart", "--out", tmp_path, "--model", "tiny", "distillation.seed=1")
+    assert other.exit_code == 2
+    assert "holds a quickstart with other settings" in other.output

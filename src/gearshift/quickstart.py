@@ -26,7 +26,7 @@ from gearshift.model import GearshiftForCausalLM, cost_table
 from gearshift.progress import Advance, Bar, Step, Steps
 from gearshift.quickstart_report import write_report
 from gearshift.search import Budget, SearchSettings, pure_placements, search, write_result
-from gearshift.settings import load_settings
+from gearshift.settings import load_settings, read_again
 from gearshift.spec import Spec
 from gearshift.surgery import load_surgery
 from gearshift.tiny import TINY, write_tiny_model
@@ -315,7 +315,9 @@ class Job:
         path = self.out / "quickstart.json"
         now = json.loads(json.dumps({**self.arguments, "settings": self.settings.model_dump(mode="json")}))
         if path.exists():
-            if read_json(path) != now:
+            before = read_json(path)
+            settings = read_again(QuickstartSettings, before.get("settings", {}), path)
+            if {**before, "settings": settings.model_dump(mode="json")} != now:
                 raise ValueError(f"{self.out} holds a quickstart with other settings: choose another --out")
             return
         if self.out.exists() and any(self.out.iterdir()):

@@ -31,6 +31,18 @@ def load_settings(kind: type[Settings], path: str | Path | None, overrides: Iter
         raise ValueError(told if path is None else f"{path}: {told}") from None
 
 
+def read_again(kind: type[Settings], written: dict[str, Any], where: Path) -> Settings:
+    """The settings that an earlier version may have written to the file `where`; what came later is at its default.
+
+    ValueError, in one sentence, if they do not fit any more.
+    """
+    try:
+        return kind.model_validate(written)
+    except ValidationError as error:
+        told = sentence(error, written, kind)
+        raise ValueError(f"{where} does not fit this version of Gearshift: {told}; choose another folder") from None
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, that does not let a key come twice."""
 

@@ -55,6 +55,18 @@ def test_the_heat_maps_say_what_was_sampled(finished: Path) -> None:
     assert read_history(finished).stages[0].layer_errors() == {"first step": steps[0], "last step": steps[-1]}
 
 
+def test_a_layerwise_stage_that_follows_students_says_whose_loss_it_is(tmp_path: Path) -> None:
+    folder = running(tmp_path / "run", 70)
+    path = folder / "metrics.jsonl"
+    student = {"placement": "gdn,kda,attention,gdn"}
+    records = [record | student if record["event"] == "step" else record for record in read_records(path)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    reader = Reader(render_run(read_history(folder)))
+    assert {"errors", "sampled-0"} <= set(reader.ids)
+    assert "all mixers learn on the hidden states of one placement" in reader.text
+    assert "Each step runs one placement" not in reader.text
+
+
 def test_a_run_on_its_way(tmp_path: Path) -> None:
     """With a line that is only half written, as one finds it while the run writes it or after it broke off."""
     folder = running(tmp_path / "run", 75)

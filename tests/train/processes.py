@@ -1,26 +1,36 @@
-"""Several processes on this machine, forked, so that they need no imports of their own."""
+"""Several processes on this machine, forked from a server that has imported what they need.
+
+Not from the tests' own process: once it has computed gradients, a CUDA build of torch refuses to do so in its forks.
+"""
 
 import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["pytest", "gearshift.train.estimate", "gearshift.mixers.attention.module", "tests.models"]
+)
 
 
 def run_processes(world: int, work: Callable[..., Any], *given: Any, check: bool = True) -> None:
-    """Call `work(*given)` in `world` processes that find each other as torchrun's do.
+    """Call `work(*given)`, which is pickled, in `world` processes that find each other as torchrun's do.
 
-    With `check`, AssertionError if one fails.
+    They have the environment of this one, and nothing else that was patched in it. With `check`, AssertionError if one
+    fails.
     """
-    context = multiprocessing.get_context("fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    failures = context.SimpleQueue()
-    processes = [
-        context.Process(target=_call, args=(rank, world, port, failures, work, given)) for rank in range(world)
-    ]
+    failures = _CONTEXT.SimpleQueue()
+    group = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    ranks = ({**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world))
+    processes = [_CONTEXT.Process(target=_call, args=(rank, failures, work, given)) for rank in ranks]
     for process in processes:
         process.start()
     for process in processes:
@@ -31,9 +41,9 @@ def run_processes(world: int, work: Callable[..., Any], *given: Any, check: bool
     assert not check or not any(codes), said or codes
 
 
-def _call(rank: int, world: int, port: int, failures: Any, work: Callable[..., Any], given: tuple[Any, ...]) -> None:
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
-    os.environ |= {name: str(value) for name, value in where.items()}
+def _call(environment: Mapping[str, str], failures: Any, work: Callable[..., Any], given: tuple[Any, ...]) -> None:
+    os.environ |= environment
+    torch.set_num_threads(1)
     try:
         work(*given)
     except BaseException:

@@ -79,13 +79,12 @@ def test_every_mixer_compiles_as_a_whole(monkeypatch: pytest.MonkeyPatch, stage:
         assert torch.allclose(moved[name], change, atol=1e-5), name
 
 
-def test_compiled_processes_learn_what_a_plain_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: Callable[..., Any] = partial(torch.compile, backend="aot_eager", fullgraph=True)
-    monkeypatch.setattr(torch, "compile", compiled)
+def test_compiled_processes_learn_what_a_plain_one_does() -> None:
     run_processes(2, _check_compiled, curve(compile=False))
 
 
 def _check_compiled(expected: list[float]) -> None:
+    torch.compile = partial(torch.compile, backend="aot_eager", fullgraph=True)
     graphs = []
     with process_group():
         for settings in (ParallelSettings(data="fsdp"), ParallelSettings(data="ddp")):

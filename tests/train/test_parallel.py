@@ -13,7 +13,16 @@ from safetensors.torch import load_file
 from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec
 from gearshift.conversion import export
 from gearshift.data import TokenSequences
-from gearshift.train import Callback, DistillationSettings, Distiller, ParallelSettings, Record, StepRecord, train
+from gearshift.train import (
+    Callback,
+    DistillationSettings,
+    Distiller,
+    ParallelSettings,
+    Record,
+    StepRecord,
+    TrainResult,
+    train,
+)
 from gearshift.train.checkpoint import Checkpoints
 from gearshift.train.losses import activation_error
 from gearshift.train.parallel import ALONE, launch, parallelise, process_group
@@ -94,15 +103,21 @@ def test_a_separate_teacher_and_shared_blocks(source, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_checkpoints_in_the_background(run, alone, tmp_path, monkeypatch, world) -> None:
-    monkeypatch.setattr("gearshift.train.run.Checkpoints", lambda folder, background: Checkpoints(folder, True))
+def test_checkpoints_in_the_background(run, alone, tmp_path, world) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     work = (run(whole), None, [Copy(whole, killed)])
-    train(*work) if world == 1 else run_processes(world, train, *work)
+    train_in_background(*work) if world == 1 else run_processes(world, train_in_background, *work)
     check_same(whole, alone)
     # The one of step 2, and the one of its stage's end right behind it, take their places when they are written.
-    assert train(run(killed)).resumed_at == 2
+    assert train_in_background(run(killed)).resumed_at == 2
     check_same(killed, alone)
+
+
+def train_in_background(*work: Any) -> TrainResult:
+    """`train(*work)`, with checkpoints written as they are on CUDA."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gearshift.train.run.Checkpoints", lambda folder, background: Checkpoints(folder, True))
+        return train(*work)
 
 
 class Copy(Callback):
@@ -268,8 +283,7 @@ def test_adapters_are_not_split() -> None:
         check_splits(model, 2)
 
 
-def test_batches_that_do_not_divide_are_refused_by_one_process_alone(source, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(launch, "GRACE", 3.0)  # no torchrun is here to end the other one
+def test_batches_that_do_not_divide_are_refused_by_one_process_alone(source, tmp_path) -> None:
     folder = tmp_path / "said"
     folder.mkdir()
     run_processes(
@@ -282,6 +296,7 @@ def test_batches_that_do_not_divide_are_refused_by_one_process_alone(source, tmp
 
 def _refused(settings: Any, folder: Path) -> None:
     """Write the error that gets out of a run down in `folder`; only the first to fail gets there."""
+    launch.GRACE = 3.0  # no torchrun is here to end the other one
     try:
         train(settings)
     except ValueError as error:

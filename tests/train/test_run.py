@@ -1,6 +1,8 @@
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -259,16 +261,37 @@ def test_sources_that_make_no_sense_are_refused_in_a_sentence(changes: list[str]
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_whose_record_says_empty_lists_where_nothing_was_given_goes_on(unbroken: Path, source: Path) -> None:
+@pytest.fixture
+def begun(unbroken: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """To say that the unbroken run was begun with another recipe."""
     path = unbroken / "recipe.json"
     said = path.read_text()
-    old = json.loads(said)
-    old["recipe"] |= {"data": [], "chats": []}
-    path.write_text(json.dumps(old))
-    try:
-        assert train(recipe(source, unbroken, held_out=2)).already_finished
-    finally:
-        path.write_text(said)
+    yield lambda recipe: path.write_text(json.dumps({**json.loads(said), "recipe": recipe}))
+    path.write_text(said)
+
+
+def test_a_run_of_an_earlier_version_goes_on(unbroken: Path, source: Path, begun: Callable[..., None]) -> None:
+    """Which did not have all keys, and wrote empty lists where nothing was given."""
+    run = recipe(source, unbroken, held_out=2)
+    old = run.model_dump(mode="json") | {"data": [], "chats": []}
+    for key in ("stream", "sampling"):
+        del old["stages"][0][key]
+    begun(old)
+    assert train(run).already_finished
+    changed = run.model_copy(
+        update={"stages": (run.stages[0].model_copy(update={"stream": "student"}), *run.stages[1:])}
+    )
+    with pytest.raises(ValueError, match=r"another recipe: there, 'stages\.0\.stream' was 'teacher', not 'student';"):
+        train(changed)
+
+
+def test_a_run_of_a_version_with_other_keys_is_refused(
+    unbroken: Path, source: Path, begun: Callable[..., None]
+) -> None:
+    run = recipe(source, unbroken, held_out=2)
+    begun({**run.model_dump(mode="json"), "sead": 0})
+    with pytest.raises(ValueError, match=r"recipe\.json does not fit this version of Gearshift: unknown key 'sead'"):
+        train(run)
 
 
 def test_a_model_of_the_hub_is_downloaded_once_as_a_folder(

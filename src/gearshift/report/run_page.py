@@ -146,6 +146,11 @@ def _sampled(stage: StageHistory, palette: Palette) -> Section | None:
         for title, words, rows, logarithmic in maps
     ]
     words = "Each step runs one placement; its loss counts for the mixer that it ran in each layer."
+    if stage.layer_errors():
+        words = (
+            "At each step all mixers learn on the hidden states of one placement, the student. The loss is the mean"
+            " over all of them; here it counts for those that the student ran."
+        )
     return Section(f"sampled-{stage.index}", f"What was sampled: {stage.name}", (tag("p", words), body))
 
 

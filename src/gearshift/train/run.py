@@ -14,6 +14,7 @@ from gearshift.data import Corpus, TokenSequences, open_chats, open_corpus, read
 from gearshift.formats import FORMATS, HUB_NAME, NativeConfig, hub_folder
 from gearshift.formats.documents import read_json, write_json
 from gearshift.model import GearshiftConfig, GearshiftForCausalLM
+from gearshift.settings import read_again
 from gearshift.train.checkpoint import Checkpoints, replacing
 from gearshift.train.engine import Precision
 from gearshift.train.guard import TrainingDivergedError
@@ -230,10 +231,12 @@ def _check_same_recipe(recipe: Recipe, output: Path) -> None:
         raise ValueError(f"the output folder {output} holds something else than a training run: choose another one")
     if not path.exists():
         return
-    before, now = json.loads(path.read_text())["recipe"], recipe.model_dump(mode="json")
-    for key in now.keys() - MAY_CHANGE:
-        if before.get(key) != now[key] and (before.get(key) or now[key]):  # a list not given was once an empty one
-            where, was, is_now = _difference(key, before.get(key), now[key])
+    written = read_json(path)["recipe"]
+    written = {key: value for key, value in written.items() if value != []}  # a list not given was once an empty one
+    before, now = (made.model_dump(mode="json") for made in (read_again(Recipe, written, path), recipe))
+    for key in now:
+        if key not in MAY_CHANGE and before[key] != now[key]:
+            where, was, is_now = _difference(key, before[key], now[key])
             raise ValueError(
                 f"{output} holds a run of another recipe: there, {where!r} was {was!r}, not {is_now!r};"
                 " choose another output folder, or remove this one to start over"
@@ -254,7 +257,7 @@ def _claim(recipe: Recipe, output: Path, text: str) -> None:
     """Write down whose folder this is. ValueError if it is a run on another text, by the digest `text`."""
     path = output / "recipe.json"
     if path.exists():
-        if json.loads(path.read_text())["text"] != text:
+        if read_json(path)["text"] != text:
             raise ValueError(f"the text has changed since the run in {output} began: choose another output folder")
         return
     output.mkdir(parents=True, exist_ok=True)
