@@ -33,6 +33,11 @@ def products(linears: nn.ModuleList) -> tuple[int, list[Tensor]]:
     return len(linear), list(made)
 
 
+def test_weights_are_joined_only_to_learn() -> None:
+    with torch.no_grad():
+        assert products(layers())[0] == len(SIZES)
+
+
 @pytest.mark.parametrize("biased", [(), (2,), (0, 1, 2, 3)])
 def test_linear_layers_are_one_product(biased: tuple[int, ...]) -> None:
     linears = layers(biased)

@@ -13,10 +13,11 @@ ALIGNED = 16
 def projected(hidden: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
     """What each of `linears` makes of `hidden` [..., channels].
 
-    Compiled, it is one product with all their weights, forwards and backwards, unless one is more than a linear layer:
-    adapted, or split over processes.
+    Compiled to learn, it is one product with all their weights, forwards and backwards, unless one is more than a
+    linear layer: adapted, or split over processes. For a few tokens, as in generation, joining the weights costs more.
     """
-    if not torch.compiler.is_compiling() or any(type(linear) is not nn.Linear for linear in linears):
+    learning = torch.compiler.is_compiling() and torch.is_grad_enabled()
+    if not learning or any(type(linear) is not nn.Linear for linear in linears):
         return [linear(hidden) for linear in linears]
     plain = [linear for linear in linears if isinstance(linear, nn.Linear)]
     sizes = [linear.out_features for linear in plain]
