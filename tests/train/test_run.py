@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -6,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -323,3 +325,35 @@ def test_a_hub_out_of_reach_is_asked_once(source: Path, tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match=r"no route to host .*give its sizes as a spec file"):
         estimate(given)
     assert asked == ["some-org/some-model"] * 2
+
+
+class Second(Callback):
+    """Starts the same run once more as soon as a step has been recorded."""
+
+    def __init__(self, settings: Recipe):
+        self.settings = settings
+        self.refused = 0
+
+    def on_record(self, record: Record) -> None:
+        with pytest.raises(ValueError, match=r"another run writes to .* now: wait for it, or choose another"):
+            train(self.settings)
+        self.refused += 1
+
+
+def test_two_runs_do_not_write_to_one_folder(source: Path, unbroken: Path, tmp_path: Path) -> None:
+    settings = recipe(source, tmp_path / "run", held_out=2)
+    second = Second(settings)
+    train(settings, callbacks=[second])
+    assert second.refused
+    assert timeless(tmp_path / "run") == timeless(unbroken)
+
+
+def test_a_full_disk_is_called_by_its_name(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any, **more: Any) -> None:
+        short = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+        raise dcp.api.CheckpointException("failed", {0: (short, None)})
+
+    monkeypatch.setattr(dcp, "save", fail)
+    with pytest.raises(OSError, match="a checkpoint could not be written") as caught:
+        train(recipe(source, tmp_path / "run"))
+    assert caught.value.errno == errno.ENOSPC

@@ -359,6 +359,7 @@ def test_what_cannot_run_is_refused(source: Path, tmp_path: Path, changes: dict,
     ("changes", "sentence"),
     [
         ({"stages": "[{type: sft, steps: 1}]"}, "an sft stage learns from chats: name their sources in chats"),
+        ({"chats": "[{path: a}]", "stages": "[{type: stochastic, steps: 1}]"}, "there is none: leave chats out"),
         (
             {"chats": "[{path: a}]", "stages": "[{type: sft, steps: 1, losses: {activation: 1}}]"},
             "unknown key .*activa",

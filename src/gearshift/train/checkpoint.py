@@ -4,6 +4,7 @@ Every process writes and reads its own shards, through torch.distributed.checkpo
 renamed, so always whole.
 """
 
+import errno
 import json
 import shutil
 import warnings
@@ -56,7 +57,7 @@ class Checkpoints:
         alone = distiller.parallel is ALONE
         state = _weights(distiller) | _moments(distiller) | _averages(distiller)
         if not self.background:
-            with _causes():
+            with _causes(fresh):
                 dcp.save(state, checkpoint_id=fresh, no_dist=alone)
             self._finish(distiller, fresh, target)
             return
@@ -78,7 +79,7 @@ class Checkpoints:
         if self._pending is not None:
             distiller, fresh, target, pending = self._pending
             self._pending = None
-            with _causes():
+            with _causes(fresh):
                 pending.result()
             self._finish(distiller, fresh, target)
 
@@ -193,12 +194,19 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 
 @contextmanager
-def _causes() -> Iterator[None]:
-    """Raise what went wrong (a full disk, Ctrl-C, ...) in place of torch's list of what went wrong where."""
+def _causes(written: Path | None = None) -> Iterator[None]:
+    """Raise what went wrong (a full disk, Ctrl-C, ...) in place of torch's list of what went wrong where.
+
+    `written` is the folder, if it is being written.
+    """
     try:
         yield
     except dcp.api.CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
+        cause = next(iter(error.failures.values()))[0]
+        if written is not None and "inline_container" in str(cause):
+            # Torch's writer of archives says that a write fell short, and keeps the reason to itself.
+            raise OSError(errno.ENOSPC, "a checkpoint could not be written", str(written)) from None
+        raise cause from None
 
 
 class replacing:  # noqa: N801 - reads as a verb

@@ -313,6 +313,8 @@ class Recipe(DistillationSettings):
     def _chats_for_sft(self) -> Self:
         if any(stage.reads_chats for stage in self.stages) and not self.chats:
             raise ValueError("an sft stage learns from chats: name their sources in chats")
+        if self.chats and not any(stage.reads_chats for stage in self.stages):
+            raise ValueError("only an sft stage learns from chats, and there is none: leave chats out")
         return self
 
     @property

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -69,13 +70,21 @@ def train(
         callbacks: the same, and told of the end.
 
     Raises ValueError if something the recipe names is not there or does not fit, or if the output folder holds a run
-    of another recipe.
+    of another recipe, or another process that writes to it.
     """
-    with process_group():
-        return _train(recipe, progress, callbacks)
+    lock = FileLock(Path(recipe.output) / ".lock")
+    try:
+        with process_group():
+            return _train(recipe, progress, callbacks, lock)
+    finally:
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
-def _train(recipe: Recipe, progress: Callable[[Record], None] | None, callbacks: Sequence[Callback]) -> TrainResult:
+def _train(
+    recipe: Recipe, progress: Callable[[Record], None] | None, callbacks: Sequence[Callback], lock: FileLock
+) -> TrainResult:
     output = Path(recipe.output)
     finished = output / "model"
     device = _device(recipe.device)
@@ -84,7 +93,8 @@ def _train(recipe: Recipe, progress: Callable[[Record], None] | None, callbacks:
         return TrainResult(finished, 0, recipe.total_steps, already_finished=True)
     check_trackers(recipe.trackers)
     distiller, tokenizer, dtypes, text = _prepare(recipe, device, parallel)
-    parallel.once(lambda: _claim(recipe, output, text))
+    if parallel.once(lambda: _claim(recipe, output, text, lock)):
+        return TrainResult(finished, 0, recipe.total_steps, already_finished=True)
     checkpoints = Checkpoints(output / "checkpoints", background=device.type == "cuda")
     resumed = checkpoints.restore(distiller)
     at = distiller.global_step
@@ -253,14 +263,21 @@ def _difference(where: str, was: Any, is_now: Any) -> tuple[str, Any, Any]:
     return _difference(f"{where}.{key}", was[key], is_now[key])
 
 
-def _claim(recipe: Recipe, output: Path, text: str) -> None:
-    """Write down whose folder this is. ValueError if it is a run on another text, by the digest `text`."""
+def _claim(recipe: Recipe, output: Path, text: str, lock: FileLock) -> bool:
+    """Write down whose folder this is, and take its `lock`. Returns whether a run that had it has finished meanwhile.
+
+    ValueError if it is a run on another text, by the digest `text`, or if another process has the lock.
+    """
     path = output / "recipe.json"
-    if path.exists():
-        if read_json(path)["text"] != text:
-            raise ValueError(f"the text has changed since the run in {output} began: choose another output folder")
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    fresh = output / ".recipe.json.tmp"
-    fresh.write_text(json.dumps({"recipe": recipe.model_dump(mode="json"), "text": text}, indent=2))
-    fresh.replace(path)
+    if not path.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        fresh = output / ".recipe.json.tmp"
+        fresh.write_text(json.dumps({"recipe": recipe.model_dump(mode="json"), "text": text}, indent=2))
+        fresh.replace(path)
+    elif read_json(path)["text"] != text:
+        raise ValueError(f"the text has changed since the run in {output} began: choose another output folder")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"another run writes to {output} now: wait for it, or choose another output folder") from None
+    return (output / "model").exists()

@@ -35,10 +35,12 @@ def process_group() -> Iterator[bool]:
         dist.init_process_group(_backend(), store=store, rank=rank, world_size=world)
         yield rank == 0
     except BaseException as error:
-        if store.add("failed", 1) > 1:
+        if store.add("failed", 1) > 1 and not isinstance(error, KeyboardInterrupt):
             # Once one has ended, torchrun ends the others: let it be the one that says why.
-            time.sleep(GRACE)
-            os._exit(1)
+            try:
+                time.sleep(GRACE)
+            finally:
+                os._exit(1)
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise ConnectionError("another process of this job has ended: torchrun says which, and how") from None
         raise
