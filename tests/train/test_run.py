@@ -168,6 +168,9 @@ def test_the_weights_keep_the_dtype_they_came_in(source: Path, tmp_path: Path) -
         ({"stages": [STAGES[0], {**STAGES[1], "steps": 9}]}, r"there, 'stages\.1\.steps' was \d+, not 9;"),
         ({"model": "nowhere", "output": "{new}"}, "there is no model at nowhere: the folder does not exist"),
         ({"model": "/nowhere/model", "output": "{new}"}, "there is no model at /nowhere/model"),
+        ({"model": "{source}", "output": "{new}"}, "holds no model: it has no config.json"),
+        ({"model": "{file}", "output": "{new}"}, "text.txt is a file: name the folder of a Gearshift model"),
+        ({"teacher": "{source}", "output": "{new}"}, "holds no model: it has no config.json"),
         ({"text": "/nowhere.txt", "output": "{new}"}, "no text at /nowhere.txt"),
         ({"sequence_length": 100_000, "output": "{new}"}, "the text is too short: 900 tokens do not make one"),
         ({"held_out": 56, "output": "{new}"}, "too few to hold out 56"),
@@ -177,7 +180,7 @@ def test_the_weights_keep_the_dtype_they_came_in(source: Path, tmp_path: Path) -
     ],
 )
 def test_what_cannot_run_is_refused_and_leaves_no_trace(source, unbroken, tmp_path, changes, sentence) -> None:
-    places = {"{new}": str(tmp_path / "new"), "{source}": str(source)}
+    places = {"{new}": str(tmp_path / "new"), "{source}": str(source), "{file}": str(source / "text.txt")}
     changes = {key: places.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
     record = (unbroken / "metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match=sentence) as caught:

@@ -182,8 +182,13 @@ def _divided(corpus: Corpus | None, held_out: int) -> tuple[Corpus | None, Token
 
 def _folder(name: str) -> Path:
     """The folder of a model, downloaded where `name` is the hub's. ValueError if there is none."""
-    if Path(name).exists():
-        return Path(name)
+    path = Path(name)
+    if path.is_file():
+        raise ValueError(f"{name} is a file: name the folder of a Gearshift model")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{name} holds no model: it has no config.json")
+        return path
     if not HUB_NAME.fullmatch(name):
         raise ValueError(f"there is no model at {name}: the folder does not exist")
     try:
