@@ -10,7 +10,7 @@ ALIGNED = 16
 """Matrix products are slow on rows that are no multiple of so many numbers."""
 
 
-def projected(hidden: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
+def projected(hidden: Tensor, *linears: nn.Linear) -> Sequence[Tensor]:
     """What each of `linears` makes of `hidden` [..., channels].
 
     Compiled to learn, it is one product with all their weights, forwards and backwards, unless one is more than a
@@ -19,12 +19,11 @@ def projected(hidden: Tensor, *linears: nn.Module) -> Sequence[Tensor]:
     learning = torch.compiler.is_compiling() and torch.is_grad_enabled()
     if not learning or any(type(linear) is not nn.Linear for linear in linears):
         return [linear(hidden) for linear in linears]
-    plain = [linear for linear in linears if isinstance(linear, nn.Linear)]
-    sizes = [linear.out_features for linear in plain]
+    sizes = [linear.out_features for linear in linears]
     spare = -sum(sizes) % ALIGNED
-    weight, bias = F.pad(torch.cat([linear.weight for linear in plain]), (0, 0, 0, spare)), None
-    if any(linear.bias is not None for linear in plain):
-        bias = F.pad(torch.cat([_bias(linear) for linear in plain]), (0, spare))
+    weight, bias = F.pad(torch.cat([linear.weight for linear in linears]), (0, 0, 0, spare)), None
+    if any(linear.bias is not None for linear in linears):
+        bias = F.pad(torch.cat([_bias(linear) for linear in linears]), (0, spare))
     return F.linear(hidden, weight, bias).split([*sizes, spare], dim=-1)[:-1]
 
 

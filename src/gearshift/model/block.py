@@ -86,6 +86,12 @@ class Block(nn.Module):
         assert name == self.spec.main, f"the block's only mixer is {self.spec.main}"
         return self.mixer  # type: ignore[return-value]
 
+    @property
+    def learning(self) -> dict[str, Mixer]:
+        """The mixers that have a parameter to learn, by name."""
+        mixers = {name: self.mixer_named(name) for name in self.spec.mixers}
+        return {name: mixer for name, mixer in mixers.items() if any(p.requires_grad for p in mixer.parameters())}
+
     def mix(self, hidden: Tensor, context: MixContext, mixer: str, state: MixerState | None = None) -> Tensor:
         """The first half: `hidden` and what `mixer` adds to it. All shapes [batch, tokens, hidden]."""
         return self.add_mixed(hidden, self.mixer_named(mixer)(self.mixer_norm(hidden), context, state))

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from gearshift.data import Batch
 from gearshift.mixers.base import MixContext, Mixer
 from gearshift.model import GearshiftForCausalLM
-from gearshift.spec import Placement
 from gearshift.train.calibration import calibrate
 from gearshift.train.engine import Engine
 from gearshift.train.graphs import Graphed
@@ -27,7 +26,9 @@ from gearshift.train.stage import LayerErrors, StageRun, Terms
 
 
 class LayerwiseRun(StageRun):
-    """The layerwise stage at work."""
+    """The layerwise stage at work. Its placements are its students'."""
+
+    stage: LayerwiseStage
 
     def __init__(
         self,
@@ -40,26 +41,15 @@ class LayerwiseRun(StageRun):
         part_size: int,
         parallel: Parallel = ALONE,
     ):
-        super().__init__(model, teacher, engine)
-        self.stage = stage
-        self.seed = seed
+        super().__init__(model, teacher, engine, stage, seed)
         self.batch_size = batch_size
         self.part_size = part_size
         self._graphed: dict[float, Graphed[Terms]] = {}
         self.parallel = parallel
-        self.students: list[dict[str, Mixer]] = [
-            {
-                name: block.mixer_named(name)
-                for name in block.spec.mixers
-                if any(parameter.requires_grad for parameter in block.mixer_named(name).parameters())
-            }
-            for block in model.model.blocks
-        ]
+        self.students: list[dict[str, Mixer]] = [block.learning for block in model.model.blocks]
         """For every layer, the mixers that learn."""
         if not any(self.students):
             raise ValueError("the layerwise stage has nothing to do: no parameter of any mixer learns")
-        self.choices = model.spec.choices
-        self.presets = model.presets
         if self.has_student:
             stage.sampling.check(self.choices, self.presets)
         self._sampled = torch.zeros(len(self.choices), 1, dtype=torch.int64, device=model.lm_head.weight.device)
@@ -69,10 +59,6 @@ class LayerwiseRun(StageRun):
     def has_student(self) -> bool:
         """Whether mixers learn on a student's stream."""
         return self.stage.stream == "student"
-
-    def placement(self, step: int) -> Placement:
-        """The student of step `step`, counted over all stages."""
-        return self.stage.sampling.sample(self.choices, self.presets, self.seed, step)
 
     def calibration_sequences(self) -> int:
         return 0 if self.stage.calibration == "none" else self.stage.calibration_sequences or self.batch_size

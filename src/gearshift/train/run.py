@@ -89,12 +89,13 @@ def _train(
     finished = output / "model"
     device = _device(recipe.device)
     parallel = parallelise(recipe.parallel, device)
+    nothing_to_do = TrainResult(finished, 0, recipe.total_steps, already_finished=True)
     if parallel.once(lambda: _is_finished(recipe, output, finished)):
-        return TrainResult(finished, 0, recipe.total_steps, already_finished=True)
+        return nothing_to_do
     check_trackers(recipe.trackers)
     distiller, tokenizer, dtypes, text = _prepare(recipe, device, parallel)
     if parallel.once(lambda: _claim(recipe, output, text, lock)):
-        return TrainResult(finished, 0, recipe.total_steps, already_finished=True)
+        return nothing_to_do
     checkpoints = Checkpoints(output / "checkpoints", background=device.type == "cuda")
     resumed = checkpoints.restore(distiller)
     at = distiller.global_step

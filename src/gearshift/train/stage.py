@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from gearshift.data import Batch
 from gearshift.model import GearshiftForCausalLM
+from gearshift.spec import Placement
 from gearshift.train.engine import Engine
+from gearshift.train.recipe import LayerwiseStage, SampledStage
 
 Terms = dict[Any, Tensor]
 """What a batch was judged by: key -> scalar, detached."""
@@ -19,12 +21,27 @@ LayerErrors = dict[str, list[float | None]]
 class StageRun(ABC):
     """A stage at work on a model."""
 
-    def __init__(self, model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, engine: Engine):
+    def __init__(
+        self,
+        model: GearshiftForCausalLM,
+        teacher: GearshiftForCausalLM,
+        engine: Engine,
+        stage: LayerwiseStage | SampledStage,
+        seed: int,
+    ):
         self.model = model
         self.teacher = teacher
+        self.stage = stage
+        self.seed = seed
+        self.choices = model.spec.choices
+        self.presets = model.presets
         self.precision = engine.precision
         self.steps = engine.steps
         self.graphs = engine.graphs
+
+    def placement(self, step: int) -> Placement:
+        """The placement of step `step`, counted over all stages."""
+        return self.stage.sampling.sample(self.choices, self.presets, self.seed, step)
 
     @property
     def own_teacher(self) -> bool:

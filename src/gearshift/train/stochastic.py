@@ -38,6 +38,8 @@ class Taught(NamedTuple):
 class StochasticRun(StageRun):
     """The stochastic or the sft stage at work."""
 
+    stage: SampledStage
+
     def __init__(
         self,
         model: GearshiftForCausalLM,
@@ -47,22 +49,14 @@ class StochasticRun(StageRun):
         seed: int,
         loss_chunk: int,
     ):
-        super().__init__(model, teacher, engine)
-        self.stage = stage
-        self.seed = seed
+        super().__init__(model, teacher, engine, stage, seed)
         self.loss_chunk = loss_chunk
-        self.choices = model.spec.choices
-        self.presets = model.presets
         self.noisy = is_noisy(model)
         stage.sampling.check(self.choices, self.presets)
         self._layers: GraphedLayers | None = None
         self._teach: Callable[[Batch], Taught] = self._taught
         if self.graphs:
             self._teach = Graphed(self._taught)
-
-    def placement(self, step: int) -> Placement:
-        """The placement of step `step`, counted over all stages."""
-        return self.stage.sampling.sample(self.choices, self.presets, self.seed, step)
 
     def learn(self, batch: Batch, step: int, share: float) -> Terms | None:
         placement = self.placement(step)

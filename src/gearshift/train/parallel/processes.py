@@ -99,7 +99,9 @@ class ManyProcesses(Parallel):
     ) -> None:
         blocks, taught_by = model.model.blocks, teacher.model.blocks
         shared = len(set(blocks)) < len(blocks) or len(set(taught_by)) < len(taught_by)
-        students = {block: [] if shared or deep else _learning(block) for block in blocks}
+        students: dict[Block, list[Any]] = {
+            block: [] if shared or deep else list(block.learning.values()) for block in blocks
+        }
         _expect_backward(self._units, [mixer for mixers in students.values() for mixer in mixers])
         if shared or (placement is not None and not deep):
             return  # a unit that runs twice has two that come behind it
@@ -216,12 +218,6 @@ def _units(model: GearshiftForCausalLM) -> list[nn.Module]:
             units += block.mixer.mixers.values() if isinstance(block.mixer, StochasticMixer) else [block.mixer]
             units.append(block.mlp)
     return units
-
-
-def _learning(block: Block) -> list[Any]:
-    """The mixers of a block that learn."""
-    mixers = map(block.mixer_named, block.spec.mixers)
-    return [mixer for mixer in mixers if any(parameter.requires_grad for parameter in mixer.parameters())]
 
 
 def _expect_backward(units: Sequence[FSDPModule], students: Sequence[FSDPModule]) -> None:
