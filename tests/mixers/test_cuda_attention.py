@@ -20,6 +20,7 @@ HEADS = {"type": "attention", "heads": 4, "kv_heads": 2, "head_dim": 64}
 SPECS = {
     "attention": HEADS,
     "window": {**HEADS, "window": 48, "qk_norm": {}},
+    "three share": {**HEADS, "heads": 6},
     "latent": LATENT,
     "latent queries": {**LATENT, "q_lora_rank": 96, "v_head_dim": 64},
 }

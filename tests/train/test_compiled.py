@@ -123,14 +123,15 @@ def test_graphs_need_cuda() -> None:
 
 
 @pytest.mark.parametrize(("hidden_size", "graphs"), [(64, True), (WIDE, False)])
-def test_graphs_are_for_narrow_models(hidden_size: int, graphs: bool) -> None:
+def test_graphs_of_a_student_are_for_narrow_models(hidden_size: int, graphs: bool) -> None:
     model = supernet(layers=1, hidden_size=hidden_size)
     settings = DistillationSettings(stages=(STAGES["layerwise"],), autocast="none", attn_implementation="sdpa")
     engine = make_engine(settings, {model}, torch.device("cuda"), ALONE)
     assert engine.steps.compiled
-    assert engine.graphs == graphs
+    assert engine.graphs
+    assert engine.layer_graphs == graphs
     asked = settings.model_copy(update={"cuda_graphs": True})
-    assert make_engine(asked, {model}, torch.device("cuda"), ALONE).graphs
+    assert make_engine(asked, {model}, torch.device("cuda"), ALONE).layer_graphs
 
 
 @pytest.mark.gpu

@@ -74,13 +74,16 @@ def test_the_schedule_rises_then_falls() -> None:
 
 
 def test_groups_are_clipped_by_themselves() -> None:
-    first, second, idle = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
-    first.grad, second.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4])
-    assert clip([[first], [second], [idle]], 1.0).item() == pytest.approx(math.sqrt(25.25))
-    torch.testing.assert_close(first.grad, torch.tensor([0.6, 0.8]))
-    assert torch.equal(second.grad, torch.tensor([0.3, 0.4]))
-    assert idle.grad is None
-    assert clip([[idle]], 1.0) == 0
-    first.grad = torch.tensor([3.0, 4.0])
-    assert clip([[first]], None) == 5
-    assert torch.equal(first.grad, torch.tensor([3.0, 4.0]))
+    first, second, third = torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4]), torch.tensor([[6.0], [8.0]])
+    groups = [[first, third], [second], []]
+    norm = math.sqrt(125.25)
+    assert clip(groups, None).item() == pytest.approx(norm)
+    assert torch.equal(first, torch.tensor([3.0, 4.0]))
+    assert clip(groups, 1.0).item() == pytest.approx(norm)
+    torch.testing.assert_close(first, torch.tensor([3.0, 4.0]) / math.sqrt(125))
+    torch.testing.assert_close(third, torch.tensor([[6.0], [8.0]]) / math.sqrt(125))
+    assert torch.equal(second, torch.tensor([0.3, 0.4]))
+    assert clip([[third], [second]], 0.1).item() == pytest.approx(math.sqrt(100 / 125 + 0.25))
+    torch.testing.assert_close(third, torch.tensor([[0.06], [0.08]]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(second, torch.tensor([0.06, 0.08]), rtol=1e-4, atol=0)
+    assert clip([[]], 1.0) == 0

@@ -277,20 +277,18 @@ def test_stages_go_on_through_the_text_in_one_order() -> None:
     assert torch.equal(drawn, sequences(16).draw(range(16)).tokens)
 
 
-def test_a_stage_that_keeps_its_gradients_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_joins_its_gradients_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with CUDA graphs: what the next stage does not sample must not move or gain moments because of them."""
-    stages = (LayerwiseStage(steps=1), StochasticStage(steps=1, sampling=only("gdn,kda,window,attention")))
+    stages = (LayerwiseStage(steps=3), StochasticStage(steps=1, sampling=only("gdn,kda,window,attention")))
     ends = []
-    for keeps in (False, True):
-        monkeypatch.setattr(LayerwiseRun, "keeps_gradients", property(lambda run, kept=keeps: kept))
+    for joins in (False, True):
+        monkeypatch.setattr(LayerwiseRun, "joins_gradients", property(lambda run, joined=joins: joined))
         distiller = Distiller(supernet(), sequences(), settings(*stages))
         for record in distiller.run():
             if isinstance(record, StepRecord) and record.stage == 1:
                 ends.append((snapshot(distiller), len(distiller.optimiser.state)))
     assert ends[0][1] == ends[1][1]
-    assert all(
-        torch.equal(a, b) for name in ends[0][0] for a, b in zip(ends[0][0][name], ends[1][0][name], strict=True)
-    )
+    torch.testing.assert_close(ends[0][0], ends[1][0], rtol=1e-4, atol=1e-6)
 
 
 def test_a_separate_teacher_drops_nothing() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gearshift.mixers.attention_function import FLEX
 from gearshift.mixers.footprint import Footprint, run_stand_in
 
 STAND_IN = "gearshift_stand_in"
@@ -24,7 +25,7 @@ def standing_in_for(name: str) -> Iterator[str]:
 
     A function that is plain PyTorch, as `eager` is, stands for itself.
     """
-    if name != "flex_attention" and name != "sdpa" and "flash" not in name:
+    if name not in (FLEX, "sdpa") and "flash" not in name:
         yield name
         return
     functions, masks = ALL_ATTENTION_FUNCTIONS._global_mapping, ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
@@ -49,14 +50,14 @@ def _footprint(
     """query [batch, heads, tokens, head_dim], key and value [batch, kv_heads, tokens, head_dim].
 
     All keep queries, keys, values, the output and a float32 number a token and head, and take another of those, and the
-    gradients of keys and values of every head, in the backward pass. Flex attention by heads that are no power of two,
-    and SDPA with a mask, repeat keys and values for the heads that share them. SDPA's mask is widened to the queries'
-    dtype, flash attention sums the queries' gradient up in float32.
+    gradients of keys and values of every head, in the backward pass; flex attention only those of the heads there are.
+    SDPA with a mask repeats keys and values for the heads that share them, and widens the mask to the queries' dtype.
+    Flash attention sums the queries' gradient up in float32.
     """
     batch, heads, tokens, _ = query.shape
     shared = heads != key.shape[1]
     wide = (key.numel() + value.numel()) * heads // key.shape[1] * value.element_size()
-    repeats = shared and (heads & (heads - 1) != 0 if name == "flex_attention" else mask is not None)
+    repeats = shared and mask is not None
     sums = 4 * batch * heads * tokens
     kept = sums + (wide if repeats else 0)
     if mask is not None:
@@ -68,7 +69,9 @@ def _footprint(
         outputs=(output,),
         keeps=(query, output) if repeats else (query, key, value, output),
         kept=kept,
-        backward=sums + (wide if shared else 0) + (4 * query.numel() if name not in ("flex_attention", "sdpa") else 0),
+        backward=sums
+        + (wide if shared and name != FLEX else 0)
+        + (4 * query.numel() if name not in (FLEX, "sdpa") else 0),
         flops=2 * batch * heads * pairs * (query.shape[-1] + value.shape[-1]),
     )
 
@@ -77,7 +80,7 @@ def _mask(
     name: str, batch_size: int, q_length: int, kv_length: int, device: torch.device, **rest: Any
 ) -> Tensor | None:
     """What the mask takes: of flex attention, four tables of numbers of blocks; of SDPA, a byte a pair of tokens."""
-    if name == "flex_attention":
+    if name == FLEX:
         blocks = -(-q_length // BLOCK) * -(-kv_length // BLOCK)
         return torch.empty(batch_size, 4, blocks, dtype=torch.int32, device=device)
     plain = rest.get("local_size") is None and rest.get("allow_is_causal_skip", False)

@@ -48,13 +48,6 @@ def attention_mask(
     return context.once(("mask", name, window, causal, seen, query.dtype, query.device), make)
 
 
-def can_learn(function: str, dropout: float, narrowest: int) -> bool:
-    """Whether an attention function learns with `dropout` and heads of `narrowest` channels at least: flex attention
-    drops nothing, and multiplies tiles of 16 channels.
-    """
-    return function != "flex_attention" or (dropout == 0 and narrowest >= 16)
-
-
 def packing(context: MixContext) -> dict[str, Any]:
     """What flash attention is told of packed documents; the other functions have it in their mask."""
     lengths = context.document_lengths

@@ -33,6 +33,8 @@ class MixContext:
     """The context length that the model was made for: some rotary tables are scaled by it."""
     attn_implementation: str = "sdpa"
     """Which of transformers' attention functions attention runs on."""
+    recompute: bool = True
+    """Whether kernels that can compute again for the backward pass what they might keep do so, to save memory."""
     _made: dict[Hashable, Any] = field(default_factory=dict)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:

@@ -35,6 +35,7 @@ def fused_delta_rule(
     rule = DECAY_PER_HEAD if decay.ndim == 3 else DECAY_PER_CHANNEL
     # The kernel for single steps has no backward.
     decoding = value.shape[1] == 1 and not torch.is_grad_enabled()
+    choice = {"disable_recompute": not context.recompute} if rule == DECAY_PER_CHANNEL and not decoding else {}
     output, final = kernel(rule.format("fused_recurrent" if decoding else "chunk"))(
         q=query,
         k=key,
@@ -50,6 +51,7 @@ def fused_delta_rule(
         use_beta_sigmoid_in_kernel=True,
         allow_neg_eigval=negative_eigenvalues,
         cu_seqlens=context.cu_seqlens,
+        **choice,
     )
     if state is not None:
         state["recurrent"] = final
@@ -81,21 +83,27 @@ def _footprint_per_head(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
 def _footprint_per_channel(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **rest: Any) -> Footprint:
     """Of flash-linear-attention 0.6.0. Its backward pass makes the decays, written rows and states again.
 
-    Kept: unit queries and keys, beta in float32, two matrices of a chunk's scores. Decays and the gradients of queries,
-    keys and decays are in float32.
+    Kept: unit queries and keys, beta in float32, two matrices of a chunk's scores; without recomputation also the
+    decays, written rows and states. Decays and the gradients of queries, keys and decays are in float32.
     """
     size, keys, values, states = _sizes(q, v)
     heads = v.shape[2]
     shared = 2 * q[0, 0].numel()
-    written = 2 * keys + 2 * values + states  # w and kg, u and v_new, and the state of each chunk
+    scores = CHUNK * heads
+    made = size * (2 * keys + 2 * values + states) + 4 * keys  # w and kg, u and v_new, each chunk's state; decays
+    queries = size * keys  # with their decays, wanted in the backward pass only
+    keeps_all = bool(rest.get("disable_recompute"))
     return Footprint(
         outputs=(torch.empty_like(v), None),
         keeps=(v, g, beta, rest["A_log"], rest["dt_bias"]),
-        kept=_whole(q, size * (shared + 2 * CHUNK * heads) + 4 * (2 * q.shape[2] + heads)),
-        forward=_whole(q, size * written + 4 * (keys + CHUNK // 4 * heads)),
-        # Beyond those: qg, three gradients of values, the states'; decays; gradients of queries, keys and decays twice;
-        # and those of both score matrices.
-        backward=_whole(q, size * (written + keys + 3 * values + states) + 4 * (7 * keys + 2 * CHUNK * heads)),
+        kept=_whole(q, size * (shared + 2 * scores) + 4 * (2 * q.shape[2] + heads) + keeps_all * (made + queries)),
+        forward=_whole(q, (not keeps_all) * made + scores),
+        # Beyond those: three gradients of values, the states'; gradients of queries, keys and decays twice; and those
+        # of both score matrices.
+        backward=_whole(
+            q,
+            (not keeps_all) * (made + queries) + size * (3 * values + states) + 4 * (6 * keys + 2 * scores),
+        ),
         flops=_whole(q, _operations(keys, values, states)),
     )
 

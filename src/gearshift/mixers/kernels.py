@@ -1,6 +1,7 @@
 """The CUDA kernels of the packages flash-linear-attention and mamba-ssm, imported when first needed."""
 
 import importlib
+import os
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -17,6 +18,9 @@ FLASH_LINEAR_ATTENTION = ("flash-linear-attention >= 0.6", 'pip install "gearshi
 BROKEN_TRITON = ((3, 4, 0), (3, 7, 0))
 """From the first to the last version whose compiled gated backward is wrong on Hopper; TileLang's is used instead."""
 
+SWITCHES = {"FLA_CONV_GLUON": "1"}
+"""Faster variants of kernels that flash-linear-attention leaves off, on unless the environment says otherwise."""
+
 
 def kernel(path: str) -> Any:
     """The function at `module:name`. Without its package, an ImportError that names it and says how to install it.
@@ -29,6 +33,8 @@ def kernel(path: str) -> Any:
 @cache
 def _imported(path: str) -> Any:
     module, _, name = path.partition(":")
+    for switch, value in SWITCHES.items():
+        os.environ.setdefault(switch, value)
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

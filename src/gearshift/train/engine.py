@@ -8,15 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from gearshift.mixers.attention_function import FLEX
 from gearshift.mixers.base import Mixer
 from gearshift.model import GearshiftForCausalLM
 from gearshift.train.parallel import ALONE, Parallel
 from gearshift.train.recipe import DistillationSettings
 from gearshift.train.steps import BlockSteps, CompiledSteps
 
-FLEX = "flex_attention"
 WIDE = 2048
-"""Channels from which on kernels are long enough to be launched one by one, and graphs mostly take memory."""
+"""Channels from which on a student's kernels are long enough to be launched one by one: graphs mostly take memory."""
 
 
 class Precision:
@@ -43,13 +43,15 @@ class Engine:
     steps: BlockSteps
     graphs: bool = False
     """Whether work that is the same at every step is recorded as a CUDA graph."""
+    layer_graphs: bool = False
+    """Whether the layers of a student are recorded too, each mixer of each layer by itself."""
     attn_implementation: str | None = None
     """The attention function to train on; None: each model's own."""
 
     @property
     def plain(self) -> "Engine":
         """The same with nothing compiled and nothing recorded."""
-        return replace(self, steps=BlockSteps(), graphs=False)
+        return replace(self, steps=BlockSteps(), graphs=False, layer_graphs=False)
 
 
 def make_engine(
@@ -63,7 +65,8 @@ def make_engine(
     able = device.type == "cuda" and obstacle is None
     compiled = (able and parallel.compilable) if settings.compile is None else settings.compile
     narrow = all(model.spec.hidden_size < WIDE for model in models)
-    graphs = (able and parallel is ALONE and narrow) if settings.cuda_graphs is None else settings.cuda_graphs
+    graphs = (able and parallel is ALONE) if settings.cuda_graphs is None else settings.cuda_graphs
+    layer_graphs = narrow and graphs if settings.cuda_graphs is None else settings.cuda_graphs
     if compiled and not parallel.compilable:
         raise ValueError("compile: true cannot compile slices of tensors (parallel: tensor above 1): leave it out")
     if graphs and parallel is not ALONE:
@@ -73,7 +76,8 @@ def make_engine(
     if graphs and obstacle is not None:
         raise ValueError(f"cuda_graphs: true, but {obstacle}: leave it out")
     steps = CompiledSteps(parallel.within) if compiled else BlockSteps()
-    return Engine(Precision(settings.autocast, device), steps, graphs, _attn_implementation(settings, models, device))
+    attn_implementation = _attn_implementation(settings, models, device)
+    return Engine(Precision(settings.autocast, device), steps, graphs, layer_graphs, attn_implementation)
 
 
 def _attn_implementation(

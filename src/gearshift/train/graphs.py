@@ -19,6 +19,7 @@ from gearshift.mixers.base import MixContext
 from gearshift.model import GearshiftForCausalLM
 from gearshift.spec import Placement
 from gearshift.train.engine import Precision
+from gearshift.train.gradients import JoinedGradients
 from gearshift.train.steps import BlockSteps
 
 T = TypeVar("T")
@@ -65,10 +66,8 @@ class _Recorded:
 
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
-    parameters: list[nn.Parameter]
-    """Those that learn."""
-    gradients: list[Tensor]
-    """Theirs: views of memory that the layer's mixers share."""
+    gradients: JoinedGradients
+    """Of the parameters that learn, in memory that the layer's mixers share."""
 
 
 class GraphedLayers:
@@ -123,11 +122,7 @@ class GraphedLayers:
         incoming, outgoing = self._upstream[(layer + 1) % 2], self._upstream[layer % 2]
         if upstream.data_ptr() != incoming.data_ptr():
             incoming.copy_(upstream)
-        pairs = list(zip(recorded.parameters, recorded.gradients, strict=True))
-        if any(parameter.grad is not gradient for parameter, gradient in pairs):
-            torch._foreach_zero_(recorded.gradients)
-            for parameter, gradient in pairs:
-                parameter.grad = gradient
+        recorded.gradients.attach()
         recorded.backward.replay()
         return outgoing
 
@@ -150,9 +145,7 @@ class GraphedLayers:
             for _ in range(WARM_UP):
                 tried = torch.autograd.grad(run(), [read, *learning], incoming, allow_unused=True)
         parameters = [parameter for parameter, found in zip(learning, tried[1:], strict=True) if found is not None]
-        sizes = [parameter.numel() for parameter in parameters]
-        shares = self._gradients[layer][: sum(sizes)].split(sizes) if sizes else ()
-        gradients = [share.view_as(parameter) for share, parameter in zip(shares, parameters, strict=True)]
+        gradients = JoinedGradients(parameters, self._gradients[layer])
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with _recording(forward, self._pools[layer]):
             made = run()
@@ -160,10 +153,9 @@ class GraphedLayers:
         with _recording(backward, self._backward_pool):
             found = torch.autograd.grad(made, [read, *parameters], incoming)
             outgoing.copy_(found[0])
-            if gradients:
-                torch._foreach_add_(gradients, list(found[1:]))
+            gradients.add(found[1:])
         # What `made` held for the backward pass is free again: the layer's next mixer is recorded into the same memory.
-        return _Recorded(forward, backward, parameters, gradients)
+        return _Recorded(forward, backward, gradients)
 
 
 class _Layer(torch.autograd.Function):

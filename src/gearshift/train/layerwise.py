@@ -12,17 +12,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gearshift.data import Batch
 from gearshift.mixers.base import MixContext, Mixer
 from gearshift.model import GearshiftForCausalLM
 from gearshift.train.calibration import calibrate
 from gearshift.train.engine import Engine
+from gearshift.train.gradients import JoinedGradients
 from gearshift.train.graphs import Graphed
 from gearshift.train.parallel import ALONE, Parallel
 from gearshift.train.recipe import LayerwiseStage
-from gearshift.train.stage import LayerErrors, StageRun, Terms
+from gearshift.train.stage import LayerErrors, StageRun, Terms, gradients_of
 
 
 class LayerwiseRun(StageRun):
@@ -45,6 +46,7 @@ class LayerwiseRun(StageRun):
         self.batch_size = batch_size
         self.part_size = part_size
         self._graphed: dict[float, Graphed[Terms]] = {}
+        self._gradients: dict[Mixer, JoinedGradients] = {}
         self.parallel = parallel
         self.students: list[dict[str, Mixer]] = [block.learning for block in model.model.blocks]
         """For every layer, the mixers that learn."""
@@ -79,33 +81,36 @@ class LayerwiseRun(StageRun):
         if self.has_student:
             pairs = zip(self.choices, self.placement(step), strict=True)
             self._sampled.copy_(torch.tensor([[offered.index(name)] for offered, name in pairs]))
-        if not self.graphs:
-            return self._judge(batch, share)
         if share not in self._graphed:
-            self._graphed[share] = Graphed(lambda part: self._judge(part, share))
-        return self._graphed[share](batch)
+            weight = torch.full((), share, device=self._sampled.device)
+            self._graphed[share] = Graphed(lambda part: self._judge(part, weight))
+        graphed = self._graphed[share]
+        return graphed(batch) if self.graphs else graphed.function(batch)
 
     @property
-    def keeps_gradients(self) -> bool:
+    def joins_gradients(self) -> bool:
+        """Whether a mixer's gradients lie in one tensor and stay there, as what is recorded needs it."""
         return self.graphs
 
     def close(self) -> None:
         self._graphed.clear()
+        self._gradients.clear()
 
     def measure(self, batch: Batch) -> Terms:
         """The errors on the teacher's stream, whatever was learnt on: runs of both kinds compare."""
         return self._judge(batch, None)
 
-    def _judge(self, batch: Batch, share: float | None) -> Terms:
-        """The error of each mixer of each layer, under (name, layer). Adds gradients if there is a `share`."""
+    def _judge(self, batch: Batch, weight: Tensor | None) -> Terms:
+        """The error of each mixer of each layer, under (name, layer). Adds its gradient times the scalar `weight`."""
         teacher, student = self.teacher.model, self.model.model
-        main, has_student = self.teacher.spec.main, self.has_student and share is not None
+        main, has_student = self.teacher.spec.main, self.has_student and weight is not None
         errors: Terms = {}
         with torch.no_grad(), self.precision():
             hidden = teacher.embed(batch.inputs)
             stream = student.embed(batch.inputs) if has_student else hidden
         context = teacher.context(hidden, cu_seqlens=batch.cu_seqlens)
         own = context if self.own_teacher else student.context(hidden, cu_seqlens=batch.cu_seqlens)
+        own.recompute = False  # one mixer at a time waits for its backward pass
         pairs = zip(teacher.blocks, student.blocks, self.students, strict=True)
         for layer, (block, student_block, mixers) in enumerate(pairs):
             with torch.no_grad(), self.precision():
@@ -114,16 +119,29 @@ class LayerwiseRun(StageRun):
                 target, hidden = self.steps.teach(block, main[layer], hidden, normed, context)
             outputs: dict[str, Tensor] = {}
             for name, mixer in mixers.items():
-                with torch.set_grad_enabled(share is not None), self.precision():
+                with torch.set_grad_enabled(weight is not None), self.precision():
                     output = self.steps.mix(mixer, read, own)
                     error = self.steps.error(output, target, len(batch))
-                if share is not None:
-                    (error * share).backward()
+                if weight is not None:
+                    self._learn_from(mixer, error, weight)
                 errors[name, layer] = error.detach()
                 if has_student:
                     outputs[name] = output.detach()
             stream = self._follow(layer, stream, read, own, outputs) if has_student else hidden
         return errors
+
+    def _learn_from(self, mixer: Mixer, error: Tensor, weight: Tensor) -> None:
+        """Add the gradient of the scalar `error`, times `weight`, to those of the mixer's parameters."""
+        if not self.joins_gradients:
+            error.backward(weight)
+            return
+        learning = [parameter for parameter in mixer.parameters() if parameter.requires_grad]
+        tried = torch.autograd.grad(error, learning, weight, allow_unused=True)
+        found = {p: gradient for p, gradient in zip(learning, tried, strict=True) if gradient is not None}
+        if mixer not in self._gradients:
+            self._gradients[mixer] = JoinedGradients(list(found))
+        self._gradients[mixer].attach()
+        self._gradients[mixer].add(list(found.values()))
 
     @torch.no_grad()
     def _follow(
@@ -160,10 +178,17 @@ class LayerwiseRun(StageRun):
         loss = _mean(list(values.values()))
         return {"loss": loss, "terms": {"activation": loss}, "mixers": mixers, "layers": by_layer}
 
-    def clip_groups(self) -> Iterator[list[nn.Parameter]]:
-        """Each mixer by itself: a spike in one must not slow the others."""
-        distinct = {id(mixer): mixer for mixers in self.students for mixer in mixers.values()}
-        return (list(mixer.parameters()) for mixer in distinct.values())
+    def gradients(self) -> Iterator[list[Tensor]]:
+        """Each mixer's by themselves: a spike in one must not slow the others."""
+        if self.joins_gradients:
+            return ([joined.whole] for joined in self._gradients.values())
+        return map(gradients_of, dict.fromkeys(mixer for mixers in self.students for mixer in mixers.values()))
+
+    def forget_gradients(self) -> None:
+        if self.joins_gradients:
+            torch._foreach_zero_([joined.whole for joined in self._gradients.values()])
+        else:
+            super().forget_gradients()
 
 
 def _mean(values: list[float]) -> float:

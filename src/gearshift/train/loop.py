@@ -196,7 +196,7 @@ class Distiller:
         with self._seeded(global_step):
             terms = self._average(batch, parts, lambda part, share: run.learn(part, global_step, share))
         self.parallel.finish(self.model)
-        norm = clip(run.clip_groups(), settings.optimiser.clip_norm, self.parallel)
+        norm = clip(run.gradients(), settings.optimiser.clip_norm, self.parallel)
         if terms:
             guarded_step(self.optimiser, norm, *terms.values())
         # Nothing was read back before this: on a GPU, all of the step has been launched.
@@ -206,7 +206,7 @@ class Distiller:
         self._check(float(norm), "norm of the gradients", batch, parts)
         if self.average is not None:
             self.average.update()
-        self.optimiser.zero_grad(set_to_none=not run.keeps_gradients)
+        run.forget_gradients()
         self.progress.step += 1
         return StepRecord(
             stage=index,
@@ -274,7 +274,8 @@ class Distiller:
 
         `parts` are this process's. None if there was nothing to judge.
         """
-        total: dict[Any, Tensor] = {}
+        keys: list[Any] = []
+        total: Tensor | float = 0.0
         weight = whole.weight * sum(map(len, parts)) / len(whole)
         if not weight:
             return None
@@ -284,10 +285,10 @@ class Distiller:
             terms = judge(part, share)
             if terms is None:
                 return None
-            for key, value in terms.items():
-                total[key] = total[key] + share * value if key in total else share * value
-        mean = self.parallel.average(torch.stack(list(total.values())))
-        return dict(zip(total, mean.unbind(), strict=True))
+            keys = list(terms)
+            total = total + share * torch.stack(list(terms.values()))
+        assert isinstance(total, Tensor), "there are parts"
+        return dict(zip(keys, self.parallel.average(total).unbind(), strict=True))
 
     def _stage_run(self, index: int, engine: Engine | None = None) -> StageRun:
         stage, settings, engine = self.settings.stages[index], self.settings, engine or self.engine

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gearshift.model import GearshiftForCausalLM
 from gearshift.model.adapter_names import beside_adapters, plain
 from gearshift.model.block import StochasticMixer
-from gearshift.train.parallel import ALONE, Parallel, local
+from gearshift.train.parallel import ALONE, Gradients, Parallel, local
 from gearshift.train.recipe import OptimiserSettings, ScheduleSettings
 
 
@@ -117,14 +117,22 @@ def schedule(step: int, steps: int, settings: ScheduleSettings) -> float:
 
 
 @torch.no_grad()
-def clip(groups: Iterable[Iterable[nn.Parameter]], largest: float | None, parallel: Parallel = ALONE) -> torch.Tensor:
+def clip(groups: Iterable[Gradients], largest: float | None, parallel: Parallel = ALONE) -> torch.Tensor:
     """Scale the gradients of each group down to norm `largest`. Returns the norm of all of them before."""
-    gradients = [[parameter.grad for parameter in group if parameter.grad is not None] for group in groups]
-    gradients = [group for group in gradients if group]
-    if not gradients:
+    groups = [group for group in groups if group]
+    if not groups:
         return torch.zeros(())
-    norms = parallel.norms(gradients)
+    norms = parallel.norms(groups)
     if largest is not None:
-        for group, norm in zip(gradients, norms, strict=True):
-            torch._foreach_mul_([local(gradient) for gradient in group], (largest / (norm + 1e-6)).clamp(max=1.0))
+        factors = (largest / (norms + 1e-6)).clamp(max=1.0)
+        for group, factor in zip(groups, factors.unbind(), strict=True):
+            _scale([local(gradient) for gradient in group], factor)
     return norms.square().sum().sqrt()
+
+
+def _scale(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiply by a scalar in place. What changes many tensors at once runs on a small part of a GPU for one."""
+    if len(tensors) == 1:
+        tensors[0].mul_(factor)
+    else:
+        torch._foreach_mul_(tensors, factor)

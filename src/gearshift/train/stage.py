@@ -53,11 +53,6 @@ class StageRun(ABC):
         """Whether gradients flow from layer to layer."""
         return False
 
-    @property
-    def keeps_gradients(self) -> bool:
-        """Whether gradients must be set to zero between steps, and stay where they are in memory."""
-        return False
-
     def calibration_sequences(self) -> int:
         """How many sequences the stage wants to calibrate on before its first step; 0 if it does not."""
         return 0
@@ -90,5 +85,14 @@ class StageRun(ABC):
         """Give back the memory of what was recorded."""
 
     @abstractmethod
-    def clip_groups(self) -> Iterator[list[nn.Parameter]]:
-        """Parameters whose gradients are clipped together."""
+    def gradients(self) -> Iterator[list[Tensor]]:
+        """The gradients there are, in groups that are clipped together."""
+
+    def forget_gradients(self) -> None:
+        """Begin a step without any."""
+        self.model.zero_grad(set_to_none=True)
+
+
+def gradients_of(module: nn.Module) -> list[Tensor]:
+    """Those that the parameters of `module` have."""
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]

@@ -20,7 +20,7 @@ from gearshift.train.graphs import Graphed, GraphedLayers
 from gearshift.train.losses import activation_error, head_losses, next_tokens
 from gearshift.train.noise import is_noisy
 from gearshift.train.recipe import SampledStage
-from gearshift.train.stage import StageRun, Terms
+from gearshift.train.stage import StageRun, Terms, gradients_of
 
 Visit = Callable[[int, Tensor], None]
 """Called with a layer's number and its mixer's output."""
@@ -52,6 +52,7 @@ class StochasticRun(StageRun):
         super().__init__(model, teacher, engine, stage, seed)
         self.loss_chunk = loss_chunk
         self.noisy = is_noisy(model)
+        self.layer_graphs = engine.layer_graphs
         stage.sampling.check(self.choices, self.presets)
         self._layers: GraphedLayers | None = None
         self._teach: Callable[[Batch], Taught] = self._taught
@@ -163,7 +164,7 @@ class StochasticRun(StageRun):
     def _recorded_layers(self, hidden: Tensor) -> GraphedLayers | None:
         """The layers as CUDA graphs, where only mixers learn and no two layers share theirs."""
         keys = self.model.spec.decoder.weight_keys
-        if not (self.graphs and self.own_teacher and torch.is_grad_enabled()) or len(set(keys)) < len(keys):
+        if not (self.layer_graphs and self.own_teacher and torch.is_grad_enabled()) or len(set(keys)) < len(keys):
             return None
         if self._shared_learn:
             return None
@@ -211,8 +212,8 @@ class StochasticRun(StageRun):
     def describe_step(self, step: int) -> dict[str, Any]:
         return {"placement": self.placement(step)}
 
-    def clip_groups(self) -> Iterator[list[nn.Parameter]]:
-        return iter([list(self.model.parameters())])
+    def gradients(self) -> Iterator[list[Tensor]]:
+        yield gradients_of(self.model)
 
 
 def _targeted(values: Tensor, batch: Batch) -> Tensor:

@@ -5,19 +5,18 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from gearshift.mixers.attention import AttentionSpec
 from gearshift.mixers.attention.rotary import Rotary, rotate
-from gearshift.mixers.attention_mask import attention_mask, can_learn, packing
+from gearshift.mixers.attention_function import attention_function, can_learn
+from gearshift.mixers.attention_mask import attention_mask, packing
 from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
 from gearshift.mixers.norm import norm, norm_start
 from gearshift.plan import Constant, Initialiser, Normal
 
 
 class Heads(NamedTuple):
-    """What attention's core reads: queries, keys and values, rotated, each [batch, heads, tokens, head_dim]."""
+    """What attention's core reads: queries, keys and values, rotated, each [batch, tokens, heads, head_dim]."""
 
     query: Tensor
     key: Tensor
@@ -68,25 +67,24 @@ class Attention(Mixer):
         normed = self.spec.qk_norm is not None
         if normed and self.spec.qk_norm_across_heads:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key, value = (x.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2) for x in (query, key, value))
+        query, key, value = (x.unflatten(-1, (-1, self.spec.head_dim)) for x in (query, key, value))
         if normed and not self.spec.qk_norm_across_heads:
             query, key = self.q_norm(query), self.k_norm(key)
         if self.rotary is not None:
-            cosine, sine = self.rotary.tables(hidden.dtype, context)
+            cosine, sine = (table.transpose(1, 2) for table in self.rotary.tables(hidden.dtype, context))
             query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
         return Heads(query, key, value)
 
     def core(self, inputs: Heads, context: MixContext, state: MixerState | None) -> Tensor:
         """The heads' outputs, [batch, tokens, heads, head_dim]."""
-        query, key, value = inputs
+        query, key, value = (x.transpose(1, 2) for x in inputs)
         if state is not None:
             if not self.spec.causal:
                 raise ValueError("attention that sees later tokens has no cache: pass use_cache=False")
             key, value = state.append("key", key), state.append("value", value)
         name = context.attn_implementation
         self.config._attn_implementation = name
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        output, _ = attend(
+        output, _ = attention_function(name)(
             self,
             query,
             key,

@@ -66,9 +66,10 @@ class Rotary:
 
 
 def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn each pair (i, i + n / 2) of the first n channels of `heads` [batch, heads, tokens, head_dim] by its angle.
+    """Turn each pair (i, i + n / 2) of the first n channels of `heads` [..., head_dim] by its angle.
 
-    n is the width of the tables; the channels behind them pass. In the dtype of `heads`, however exact the tables are.
+    n is the width of the tables, which fit the other dimensions; the channels behind them pass. In the dtype of
+    `heads`, however exact the tables are.
     """
     turned, passed = heads.tensor_split((cosine.shape[-1],), dim=-1)
     first, second = turned.chunk(2, dim=-1)

@@ -5,11 +5,10 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from gearshift.mixers.attention.rotary import Rotary, rotate
-from gearshift.mixers.attention_mask import attention_mask, can_learn, packing
+from gearshift.mixers.attention_function import attention_function, can_learn
+from gearshift.mixers.attention_mask import attention_mask, packing
 from gearshift.mixers.base import MixContext, Mixer, MixerState, Sharding
 from gearshift.mixers.multi_head_latent_attention import MultiHeadLatentAttentionSpec
 from gearshift.mixers.norm import norm, norm_start
@@ -97,8 +96,7 @@ class MultiHeadLatentAttention(Mixer):
         key, value = self._expand(latent, rope_key)
         name = context.attn_implementation
         self.config._attn_implementation = name
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        output, _ = attend(
+        output, _ = attention_function(name)(
             self,
             query,
             key,

@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 
 from gearshift.data import Batch
 from gearshift.mixers.attention_footprint import standing_in_for
+from gearshift.mixers.attention_function import FLEX
 from gearshift.mixers.footprint import standing_in
 from gearshift.model import GearshiftConfig, GearshiftForCausalLM
 from gearshift.spec import ModelSpec, Placement
@@ -89,7 +90,7 @@ def rehearse(
         within.enter_context(_pretending(cuda))
         within.enter_context(standing_in(tracker.count))
         if cuda:
-            name = within.enter_context(standing_in_for(settings.attn_implementation or "flex_attention"))
+            name = within.enter_context(standing_in_for(settings.attn_implementation or FLEX))
             settings = settings.model_copy(update={"attn_implementation": name})
         if settings.compile:
             within.enter_context(_compiling(tracker))

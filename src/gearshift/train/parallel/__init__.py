@@ -7,8 +7,8 @@ norms outside the mixers and the head lie on every process whole.
 This package alone reads those tables, and beside `train.checkpoint` it alone names torch.distributed.
 """
 
-from gearshift.train.parallel.base import ALONE, Parallel, local
+from gearshift.train.parallel.base import ALONE, Gradients, Parallel, local
 from gearshift.train.parallel.launch import process_group
 from gearshift.train.parallel.processes import parallelise
 
-__all__ = ["ALONE", "Parallel", "local", "parallelise", "process_group"]
+__all__ = ["ALONE", "Gradients", "Parallel", "local", "parallelise", "process_group"]

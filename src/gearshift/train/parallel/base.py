@@ -87,7 +87,10 @@ class Parallel:
 
     def norms(self, groups: Sequence[Gradients]) -> Tensor:
         """The norm of the gradients of each group, [groups]."""
-        return torch.stack([nn.utils.get_total_norm(group) for group in groups])
+        norms = torch.stack(torch._foreach_norm([gradient for group in groups for gradient in group]))
+        if len(norms) == len(groups):
+            return norms
+        return torch.stack([torch.linalg.vector_norm(part) for part in norms.split(list(map(len, groups)))])
 
     def channels(self, features: Tensor) -> Tensor:
         """All channels of what a mixer's `o_proj` reads here, [..., channels here] -> [..., channels]."""
