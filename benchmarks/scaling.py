@@ -6,10 +6,9 @@
 A supernet of a 1.8B-parameter Llama shape (28 layers, hidden 2048, 16 heads, 8 KV heads, FFN 8192) with attention, a
 window, Gated DeltaNet and Kimi Delta Attention in every layer, random weights and random tokens: nothing is downloaded.
 Each row of a number of GPUs is a torchrun of its own, for which the script starts itself; one that fails is left out.
-Several GPUs run compiled, as they do by default, one both with and without CUDA graphs: the shares are of the better.
-`--plain` measures all of it uncompiled. Every time is the median over the steps after the first 16, which compile, tune
-and record: each mixer of each layer is recorded when it is first sampled. `--smoke` makes all of it tiny, to try the
-script where there is no GPU.
+All run as they do by default, or with nothing compiled and nothing recorded (`--plain`). Every time is the median over
+the steps after the first 16, which compile, tune and record. `--smoke` makes all of it tiny, to try the script where
+there is no GPU.
 """
 
 import argparse
@@ -27,13 +26,6 @@ from gearshift.data import TokenSequences
 from gearshift.train import DistillationSettings, Distiller, ParallelSettings, StepRecord
 from gearshift.train.engine import Precision
 from gearshift.train.parallel import parallelise, process_group
-
-WAYS: dict[str, dict[str, bool]] = {
-    "plain": {"compile": False, "cuda_graphs": False},
-    "compiled": {"cuda_graphs": False},
-    "graphs": {},
-}
-"""How the stages compute: what of a recipe's settings is not left to itself."""
 
 
 def spec(smoke: bool) -> ModelSpec:
@@ -87,7 +79,8 @@ def measure(options: argparse.Namespace) -> None:
         data = TokenSequences(torch.randint(model.spec.vocab_size, shape, generator=generator))
         for stage in ({"type": "layerwise", "calibration": "none"}, {"type": "stochastic"}):
             stages = ({**stage, "steps": options.steps + skipped},)
-            settings = DistillationSettings.model_validate({"stages": stages, "batch_size": size, **WAYS[options.way]})
+            how = {"compile": False, "cuda_graphs": False} if options.plain else {}
+            settings = DistillationSettings.model_validate({"stages": stages, "batch_size": size, **how})
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -102,10 +95,10 @@ def measure(options: argparse.Namespace) -> None:
                 print(json.dumps({**said, "seconds": seconds, "peak": peak}), flush=True)
 
 
-def run(gpus: int, data: str, way: str, options: argparse.Namespace) -> list[dict]:
+def run(gpus: int, data: str, options: argparse.Namespace) -> list[dict]:
     """The lines of a torchrun on `gpus` GPUs, as many as there are before it fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), __file__]
-    command += ["--worker", "--data", data, "--way", way, *(["--smoke"] if options.smoke else [])]
+    command += ["--worker", "--data", data, *(f"--{name}" for name in ("plain", "smoke") if getattr(options, name))]
     command += ["--tensor", str(options.tensor if gpus > 1 else 1)]
     for name in ("batch", "length", "steps"):
         command += [f"--{name}", str(getattr(options, name))]
@@ -123,7 +116,6 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--plain", action="store_true", help="compile nothing")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -133,12 +125,10 @@ def main() -> None:
     title = f"{options.batch} sequences of {options.length:,} tokens a step and a slice"
     console, lines = Console(width=120), []
     for gpus in options.gpus:
-        ways = ["plain"] if options.plain else ["compiled"] if gpus > 1 or options.smoke else ["compiled", "graphs"]
         for data in options.data if gpus > 1 else ["fsdp"]:
-            for way in ways:
-                lines += run(gpus, data, way, options)
-                if lines:
-                    console.print(table(lines, title))  # as it stands: each row takes minutes
+            lines += run(gpus, data, options)
+            if lines:
+                console.print(table(lines, title))  # as it stands: each row takes minutes
 
 
 def table(lines: list[dict], title: str) -> Table:
