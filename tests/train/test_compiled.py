@@ -90,8 +90,8 @@ def _check_compiled(expected: list[float]) -> None:
         for settings in (ParallelSettings(data="fsdp"), ParallelSettings(data="ddp")):
             assert curve(parallelise(settings, torch.device("cpu")), compile=True) == pytest.approx(expected, rel=1e-5)
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        # Compiled once: all layers of a kind share it, and so do both arrangements.
-        assert graphs[0] == graphs[1] >= 4
+        # Compiled once: all layers of a kind share it. FSDP makes other classes of the units, which are compiled anew.
+        assert 4 <= graphs[1] - graphs[0] <= graphs[0]
 
 
 def curve(parallel: Parallel = ALONE, **settings: Any) -> list[float]:
@@ -113,7 +113,7 @@ def _check_slices() -> None:
         sliced = parallelise(ParallelSettings(tensor=2), torch.device("cpu"))
         with pytest.raises(ValueError, match="compile: true cannot compile slices of tensors"):
             curve(sliced, compile=True)
-        with pytest.raises(ValueError, match="cuda_graphs: true works on one process, and these are several"):
+        with pytest.raises(ValueError, match="cuda_graphs: true cannot record shards or slices of a model"):
             curve(sliced, cuda_graphs=True)
 
 

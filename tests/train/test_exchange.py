@@ -42,10 +42,10 @@ def sizes_of(model: GearshiftForCausalLM) -> dict[str, int]:
     return {name: size(block.mixer_named(name)) for name in block.spec.mixers} | {"mlp": size(block.mlp)}
 
 
-def distilled(model: GearshiftForCausalLM, stage: dict[str, Any]) -> Distiller:
+def distilled(model: GearshiftForCausalLM, stage: dict[str, Any], **parallel: Any) -> Distiller:
     """A distillation, in steps of two parts, on all processes."""
     settings = DistillationSettings(stages=[stage], batch_size=4, gradient_accumulation=2)
-    return Distiller(model, TokenSequences(tokens(8, 12)), settings, parallel=placed(model))
+    return Distiller(model, TokenSequences(tokens(8, 12)), settings, parallel=placed(model, **parallel))
 
 
 def test_only_the_mixers_of_a_placement_are_gathered_and_reduced_once() -> None:
@@ -96,6 +96,31 @@ def _count_layer_by_layer() -> None:
         assert sorted(reduced) == sorted(3 * students)
         units = [unit for block in model.model.blocks for unit in (block.mixer, block.mlp)]
         assert all(isinstance(parameter, DTensor) for unit in units for parameter in unit.parameters())
+
+
+def test_copies_exchange_what_was_sampled_once_a_step() -> None:
+    run_processes(2, _count_of_copies)
+
+
+def _count_of_copies() -> None:
+    model = supernet(layers=3)
+    model.config.presets = {"only": "attention,gdn,kda"}
+    stage = {"type": "stochastic", "steps": 3, "sampling": {"type": "presets", "probabilities": {"only": 1.0}}}
+    with process_group(), pytest.MonkeyPatch.context() as patch:
+        steps = distilled(model, stage, data="ddp").run()
+        next(steps)
+        exchanged = counted("all_reduce")
+        next(steps)
+        sampled = [model.model.blocks[layer].mixer_named(name) for layer, name in ((1, "gdn"), (2, "kda"))]
+        learnt = sum(parameter.numel() for mixer in sampled for parameter in mixer.parameters())
+        assert sorted(exchanged) == [2, learnt]  # and the loss with its one term
+        largest = max(parameter.numel() for mixer in sampled for parameter in mixer.parameters())
+        patch.setattr("gearshift.train.parallel.copies.BUCKET", largest)
+        exchanged.clear()
+        next(steps)
+        assert sum(exchanged) == 2 + learnt
+        assert max(exchanged) == largest
+        assert len(exchanged) > 3
 
 
 @pytest.mark.parametrize("stage", ["layerwise", "stochastic"])

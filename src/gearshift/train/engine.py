@@ -11,7 +11,7 @@ from torch import nn
 from gearshift.mixers.attention_function import FLEX
 from gearshift.mixers.base import Mixer
 from gearshift.model import GearshiftForCausalLM
-from gearshift.train.parallel import ALONE, Parallel
+from gearshift.train.parallel import Parallel
 from gearshift.train.recipe import DistillationSettings
 from gearshift.train.steps import BlockSteps, CompiledSteps
 
@@ -65,12 +65,12 @@ def make_engine(
     able = device.type == "cuda" and obstacle is None
     compiled = (able and parallel.compilable) if settings.compile is None else settings.compile
     narrow = all(model.spec.hidden_size < WIDE for model in models)
-    graphs = (able and parallel is ALONE) if settings.cuda_graphs is None else settings.cuda_graphs
+    graphs = (able and parallel.recordable) if settings.cuda_graphs is None else settings.cuda_graphs
     layer_graphs = narrow and graphs if settings.cuda_graphs is None else settings.cuda_graphs
     if compiled and not parallel.compilable:
         raise ValueError("compile: true cannot compile slices of tensors (parallel: tensor above 1): leave it out")
-    if graphs and parallel is not ALONE:
-        raise ValueError("cuda_graphs: true works on one process, and these are several: leave it out")
+    if graphs and not parallel.recordable:
+        raise ValueError("cuda_graphs: true cannot record shards or slices of a model (parallel): leave it out")
     if graphs and device.type != "cuda":
         raise ValueError(f"cuda_graphs: true needs a CUDA device, not {device}: leave it out")
     if graphs and obstacle is not None:

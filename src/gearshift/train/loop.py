@@ -195,8 +195,9 @@ class Distiller:
         parts = self._parts(index, batch.to(self.device))
         with self._seeded(global_step):
             terms = self._average(batch, parts, lambda part, share: run.learn(part, global_step, share))
-        self.parallel.finish(self.model)
-        norm = clip(run.gradients(), settings.optimiser.clip_norm, self.parallel)
+        gradients = list(run.gradients())
+        self.parallel.finish(gradients)
+        norm = clip(gradients, settings.optimiser.clip_norm, self.parallel)
         if terms:
             guarded_step(self.optimiser, norm, *terms.values())
         # Nothing was read back before this: on a GPU, all of the step has been launched.

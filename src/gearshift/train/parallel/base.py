@@ -1,6 +1,6 @@
 """What training asks of the processes that share its work, and the answers of one that is alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +36,8 @@ class Parallel:
     """Which of them is this process's."""
     compilable: bool = True
     """Whether torch.compile can take what is computed within a mixer or an MLP."""
+    recordable: bool = True
+    """Whether CUDA graphs can take what is computed between two exchanges."""
 
     def place(self, model: GearshiftForCausalLM, device: torch.device, half: bool) -> None:
         """Bring `model` to `device` in float32. `half`: whether its matrix products will run in bfloat16."""
@@ -82,8 +84,8 @@ class Parallel:
     def sync(self, last: bool) -> None:
         """Before a part of a step: gradients are exchanged after the `last` part alone."""
 
-    def finish(self, model: nn.Module) -> None:
-        """After the last part: average the gradients of `model` that have not been exchanged with it."""
+    def finish(self, gradients: Iterable[Gradients]) -> None:
+        """After the last part: average, in place, those of all gradients that have not been exchanged with it."""
 
     def norms(self, groups: Sequence[Gradients]) -> Tensor:
         """The norm of the gradients of each group, [groups]."""

@@ -1,7 +1,7 @@
 """Many processes: FSDP2 over slices of the data, and tensor parallelism within each of its units."""
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -17,25 +17,28 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from gearshift.data import Batch
 from gearshift.model import GearshiftForCausalLM
 from gearshift.model.block import Block, StochasticMixer
 from gearshift.spec import Placement
 from gearshift.train.parallel.base import ALONE, Gradients, Parallel, T
+from gearshift.train.parallel.copies import Copies
+from gearshift.train.parallel.group import Group
 from gearshift.train.parallel.split import check_splits, split, summed
-from gearshift.train.recipe import DistillationSettings, ParallelSettings
+from gearshift.train.recipe import ParallelSettings
 
 
-class ManyProcesses(Parallel):
+class Shards(Group):
     """The processes of one torchrun, in a mesh of copies, shards and slices of tensors."""
 
-    def __init__(self, settings: ParallelSettings, device: torch.device):
-        self.is_first = dist.get_rank() == 0
-        self.mesh = _mesh(settings, device, dist.get_world_size())
+    recordable = False
+
+    def __init__(self, sizes: tuple[int, int, int], device: torch.device):
+        """`sizes`: how many copies, shards of a copy and slices of a tensor."""
+        # Slices of one tensor are neighbours: they have the most to tell each other.
+        self.mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("copy", "shard", "tensor"))
         self.tensor: DeviceMesh = self.mesh["tensor"]
+        super().__init__(sharing=self.tensor.size())
         self.compilable = self.tensor.size() == 1
-        self.data_ranks = self.mesh.size() // self.tensor.size()
-        self.data_rank = dist.get_rank() // self.tensor.size()
         self._units: list[FSDPModule] = []
 
     def place(self, model: GearshiftForCausalLM, device: torch.device, half: bool) -> None:
@@ -62,37 +65,6 @@ class ManyProcesses(Parallel):
 
     def within(self, unit: Any, work: Callable[..., T], *given: Any) -> T:
         return unit.within(work, *given)
-
-    def check(self, settings: DistillationSettings) -> None:
-        for index, stage in enumerate(settings.stages):
-            size, parts = settings.batch_size_of(index), settings.parts_of(index)
-            counts = {f"{size} sequences a step in {parts} parts": size // parts}
-            calibrated = getattr(stage, "calibration_sequences", None)
-            if calibrated:
-                counts[f"{calibrated} calibration_sequences"] = calibrated
-            for what, count in counts.items():
-                if count % self.data_ranks:
-                    raise ValueError(f"stage {index}: {what} cannot be shared by {self.data_ranks} data-parallel ranks")
-
-    def once(self, make: Callable[[], T]) -> T:
-        made = [make() if self.is_first else None]
-        dist.broadcast_object_list(made, src=0, device=torch.device("cpu"))
-        return made[0]  # type: ignore[return-value]
-
-    def slice(self, batch: Batch) -> Batch:
-        assert len(batch) % self.data_ranks == 0, "an even batch was checked for"
-        return batch.split(len(batch) // self.data_ranks)[self.data_rank]
-
-    def deal(self, batch: Batch, size: int) -> Sequence[Batch]:
-        mine = batch if len(batch) % self.data_ranks else self.slice(batch)
-        return mine.split(size // self.data_ranks)
-
-    def average(self, values: Tensor) -> Tensor:
-        # Those that share a slice have the same values, so the mean over all processes is the mean over slices.
-        return summed(values) / self.mesh.size()
-
-    def total(self, values: Tensor) -> Tensor:
-        return summed(values) / self.tensor.size()
 
     def expect(
         self, model: GearshiftForCausalLM, teacher: GearshiftForCausalLM, placement: Placement | None, deep: bool
@@ -127,10 +99,10 @@ class ManyProcesses(Parallel):
         for unit in self._units:
             unit.set_requires_gradient_sync(last, recurse=False)
 
-    def finish(self, model: nn.Module) -> None:
-        for parameter in model.parameters():
-            if parameter.grad is not None and not isinstance(parameter, DTensor):
-                parameter.grad = self.average(parameter.grad)
+    def finish(self, gradients: Iterable[Gradients]) -> None:
+        for gradient in chain.from_iterable(gradients):
+            if not isinstance(gradient, DTensor):
+                gradient.copy_(self.average(gradient))
 
     def norms(self, groups: Sequence[Gradients]) -> Tensor:
         squares = torch.stack([_square_here(group, self.mesh.size()) for group in groups])
@@ -171,7 +143,9 @@ def parallelise(settings: ParallelSettings | None, device: torch.device) -> Para
         return ALONE
     if device.index is not None:
         raise ValueError(f"{world} processes cannot share the device {device}: leave out its number")
-    return ManyProcesses(settings, device)
+    sizes = mesh_sizes(settings, world)
+    copies_alone = sizes[0] == world
+    return Copies() if copies_alone else Shards(sizes, device)
 
 
 def mesh_sizes(settings: ParallelSettings, world: int) -> tuple[int, int, int]:
@@ -189,11 +163,6 @@ def mesh_sizes(settings: ParallelSettings, world: int) -> tuple[int, int, int]:
 
 def _processes(world: int) -> str:
     return f"{world} processes" if world > 1 else "1 process: start it with torchrun --nproc-per-node N -m gearshift"
-
-
-def _mesh(settings: ParallelSettings, device: torch.device, world: int) -> DeviceMesh:
-    # Slices of one tensor are neighbours: they have the most to tell each other.
-    return init_device_mesh(device.type, mesh_sizes(settings, world), mesh_dim_names=("copy", "shard", "tensor"))
 
 
 def _square_here(gradients: Gradients, world: int) -> Tensor:
