@@ -191,9 +191,8 @@ def report(
     for stage in history.stages:
         table.add_row(*stage_row(stage))
     out.print(table)
-    for line in (status(history), left_out(history), f"report: {page}"):
-        if line:
-            out.print(line)
+    for line in (status(history), *left_out(history), f"report: {page}"):
+        out.print(line)
 
 
 @app.command("eval", cls=Command)

@@ -73,12 +73,18 @@ def status(history: RunHistory) -> str:
     )
 
 
-def left_out(history: RunHistory) -> str | None:
-    """What the record holds that this version cannot show, in a sentence."""
-    if not history.unknown:
-        return None
-    kinds = ", ".join(f"{kind} ({number:,})" for kind, number in history.unknown.items())
-    return f"Left out: records of kinds that this version of Gearshift does not know, {kinds}. A newer one shows them."
+def left_out(history: RunHistory) -> list[str]:
+    """What is in the record and not shown, a sentence each."""
+    sentences = []
+    if history.unknown:
+        kinds = ", ".join(f"{kind} ({number:,})" for kind, number in history.unknown.items())
+        sentences.append(
+            f"Left out: records of kinds that this version of Gearshift does not know, {kinds}. A newer one shows them."
+        )
+    if history.damaged:
+        lines, first = plural(len(history.damaged), "line"), history.damaged[0]
+        sentences.append(f"Left out: {lines} of metrics.jsonl that cannot be read (the first: line {first}).")
+    return sentences
 
 
 def _title(history: RunHistory) -> str:
@@ -93,14 +99,13 @@ def _top(history: RunHistory, palette: Palette) -> Html:
         f"{count(tokens)} tokens in {duration(seconds)}",
         f"seed {history.recipe['seed']}" if "seed" in history.recipe else "",
     ]
-    remark = left_out(history)
     rows = [[tag("b", name), *rest] for name, *rest in map(stage_row, history.stages)]
     body: list[Child] = [
         tag("p", "Gearshift", class_="brand"),
         tag("h1", _title(history)),
         tag("p", " · ".join(filter(None, about)), class_="about"),
         tag("p", status(history), class_="lead"),
-        tag("p", tag("b", remark), class_="remark") if remark else None,
+        *(tag("p", tag("b", remark), class_="remark") for remark in left_out(history)),
         table(HEADS, rows, numeric=(1, 2, 3, 4)),
         legend(history.mixers, palette),
     ]
