@@ -18,6 +18,7 @@ from gearshift.train import (
     Distiller,
     LayerwiseStage,
     LossWeights,
+    PresetSampling,
     Recipe,
     SandwichSampling,
     StochasticStage,
@@ -38,6 +39,10 @@ MIXERS: dict[str, dict[str, Any]] = {
     "kda": {"type": "kimi_delta_attention", "heads": 4, "head_dim": 16},
 }
 TOKENS = 128
+
+
+def named(probabilities: dict[str, float]) -> PresetSampling:
+    return PresetSampling(probabilities=probabilities)
 
 
 def spec_of(layers: int = 3, **model: Any) -> ModelSpec:
@@ -109,6 +114,20 @@ def test_placements_of_all_layers_are_named_where_few_are_rehearsed(tmp_path: Pa
     student = LayerwiseStage(steps=2, stream="student", sampling=SandwichSampling(cheapest=named))
     stages = student, StochasticStage(steps=2, sampling=SandwichSampling(cheapest=named))
     assert [stage.tokens for stage in estimate(recipe_of(spec_of(layers=5), tmp_path, *stages))] == [2 * TOKENS] * 2
+
+
+def test_steps_that_learn_nothing_are_not_what_is_rehearsed(tmp_path: Path) -> None:
+    """The main mixer is the heaviest here, but a step of it alone is skipped."""
+    mixers = {name: MIXERS[name] for name in ("attention", "gdn")}
+    spec = supernet_spec(4, mixers, vocab_size=1000, hidden_size=64)
+    more = {"attn_implementation": "eager", "sequence_length": 1024}
+    always, often = (
+        estimate(recipe_of(spec, tmp_path, StochasticStage(steps=30, sampling=named(probabilities)), **more))
+        for probabilities in ({"attention*3,gdn": 1.0}, {"attention*3,gdn": 0.5, "attention": 0.5})
+    )
+    assert always == often
+    with pytest.raises(ValueError, match="the stochastic stage has nothing to do"):
+        estimate(recipe_of(spec, tmp_path, StochasticStage(steps=1, sampling=named({"attention": 1})), **more))
 
 
 def test_an_estimate_does_not_depend_on_when_garbage_is_collected(tmp_path: Path) -> None:

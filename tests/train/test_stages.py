@@ -14,11 +14,14 @@ from gearshift.train import (
     OptimiserSettings,
     PresetSampling,
     Record,
+    SandwichSampling,
+    SftStage,
     StageEndRecord,
     StepRecord,
     StochasticStage,
     TrainingDivergedError,
     UniformSampling,
+    WeightedSampling,
     distil,
     step_progress,
 )
@@ -170,10 +173,34 @@ def test_mixers_that_were_not_sampled_are_left_alone() -> None:
 def test_all_main_has_nothing_to_learn() -> None:
     model = supernet(layers=2)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    records = train(model, StochasticStage(steps=2, sampling=only("attention"), losses=LossWeights(cross_entropy=1)))
+    last = SandwichSampling(cheapest="attention", random=2, between=only("attention"), largest="gdn")
+    records = train(model, StochasticStage(steps=2, sampling=last, losses=LossWeights(cross_entropy=1)))
     assert [record.loss for record in records[:2]] == [None, None]
     assert records[0].placement == model.spec.main
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("stage", [StochasticStage, SftStage])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        only("attention"),
+        WeightedSampling(weights={"attention": 1, "gdn": 0}),
+        SandwichSampling(cheapest="main", between=only("window"), largest="attention"),
+    ],
+    ids=lambda sampling: sampling.type,
+)
+def test_a_stage_in_which_nothing_ever_learns_is_refused(stage, sampling) -> None:
+    model = supernet(layers=2)
+    model.config.presets = {"main": "attention*2"}
+    kinds = {"chats": sequences()} if stage is SftStage else {}
+    refused = settings(stage(steps=1, sampling=sampling), freeze=("*.window.*",))
+    with pytest.raises(ValueError, match=f"the {refused.stages[0].type} stage has nothing to do: under none"):
+        Distiller(model, sequences(), refused, **kinds)
+    learning = {"learning_rate_scales": {"*": 1.0}, "freeze": ()}
+    assert Distiller(model, sequences(), refused.model_copy(update=learning), supernet(layers=2), **kinds)
+    measured = settings(stage(steps=0, sampling=sampling), freeze=("*.window.*",))
+    assert Distiller(model, sequences(), measured, **kinds)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,8 @@ class StageSettings(Spec):
     reads_chats: ClassVar[bool] = False
     """Whether the stage learns from chats, not from text."""
 
+    type: str
+    """The kind of stage."""
     steps: int = Field(ge=0)
     """Optimiser steps."""
     learning_rate: Rate

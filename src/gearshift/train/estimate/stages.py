@@ -150,7 +150,8 @@ def _estimate_stage(
     if isinstance(stage, LayerwiseStage):
         found = whole.layerwise(rehearse(small, reference, alone, cuda))
     else:
-        drawn = _drawn(native, recipe, index)
+        every = _drawn(native, recipe, index)
+        drawn = [one for one in every if whole.learns(one)] or every  # the others are skipped by the run
         made = rehearse(
             small, reference, alone, cuda, lambda costs: whole.sample_of(whole.heaviest(drawn, costs), costs)
         )
@@ -210,6 +211,7 @@ class _Whole:
         )
         self.sizes = _sizes(spec)
         self.learning = {name: self.sizes[name] for name in scales}
+        self.learners = {_mixer(name) for name in self.learning}
         self.parameters = sum(self.sizes.values()) + (0 if teacher is None else sum(_sizes(teacher).values()))
 
     def layerwise(self, made: Rehearsal) -> tuple[dict[str, int], int]:
@@ -264,15 +266,23 @@ class _Whole:
         takes = {place: cost.most for place, cost in costs.items()}
         return max(drawn, key=lambda one: (self.kept(costs, one), sum(takes[place] for place in self.places(one))))
 
+    def learns(self, placement: Iterable[str], layers: Sequence[int] | None = None) -> bool:
+        """Whether anything that runs under `placement` does, in these layers or all."""
+        every = self.spec.decoder.weight_keys
+        keys = every if layers is None else [every[layer] for layer in layers]
+        return None in self.learners or not self.learners.isdisjoint(zip(keys, placement, strict=True))
+
     def sample_of(self, placement: Placement, costs: LayerCosts) -> Placement:
-        """For each rehearsed layer, the heaviest mixer that its block runs under `placement`."""
+        """For each rehearsed layer, the heaviest mixer that its block runs under `placement`; one learns at least."""
         if len(self.layers) == len(placement):
             return placement
         runs: dict[str, set[str]] = {}
         for block, name in self.places(placement):
             runs.setdefault(block, set()).add(name)
         blocks = [self.spec.decoder.layout[layer] for layer in self.layers]
-        return Placement(max(sorted(runs[block]), key=lambda name: costs[block, name]) for block in blocks)
+        sample = Placement(max(sorted(runs[block]), key=lambda name: costs[block, name]) for block in blocks)
+        others = (sample.replace(place, name) for place, block in enumerate(blocks) for name in sorted(runs[block]))
+        return next((one for one in (sample, *others) if self.learns(one, self.layers)), sample)
 
     def units(self) -> Units:
         """FSDP's units: each mixer, each block's rest, and what stands outside the blocks."""
