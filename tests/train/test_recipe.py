@@ -64,6 +64,13 @@ def test_overrides_reach_every_depth_and_are_yaml(path: Path) -> None:
         ("stages.0.stpes=1", "unknown key 'stages.0.stpes': did you mean steps?"),
         ("batchsize=1", "unknown key 'batchsize': did you mean batch_size?"),
         ("stages.1.losses.kl=1", "unknown key 'stages.1.losses.kl'"),
+        ("stages.0.seed=1", "unknown key 'stages.0.seed'$"),
+        ("stages.1.stream=student", "unknown key 'stages.1.stream': it belongs to type layerwise, not stochastic$"),
+        ("stages.0.recompute=true", "unknown key 'stages.0.recompute': it belongs to type stochastic or sft, not"),
+        ("stages.1={type: sft, steps: 1, losses: {activation: 1}}",
+         "unknown key 'stages.1.losses.activation': it belongs to type stochastic, not sft$"),
+        ("stages.1.sampling.otherwise={type: uniform, weights: {}}",
+         r"'stages\.1\.sampling\.otherwise\.weights': it belongs to type weighted, not uniform$"),
         ("stages.2.steps=1", "'2' is no index into a list of 2"),
         ("seed.x.y=1", "seed: input should be a valid integer"),
         ("model.x=1", "'model.x=1' goes too deep: model is 'supernet', which has no parts"),
@@ -91,7 +98,7 @@ def test_overrides_reach_every_depth_and_are_yaml(path: Path) -> None:
         ("model=", "model: "),
         ("learning_rate_scales={'*': -1}", "greater than or equal to 0"),
     ],
-)
+)  # fmt: skip
 def test_bad_settings_get_one_sentence(path: Path, override: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence) as caught:
         load_recipe(path, [override])
