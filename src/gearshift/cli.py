@@ -161,14 +161,13 @@ def train(
 
 
 def _print_estimate(recipe: "Recipe", gpus: int | None, gigabytes: float | None) -> None:
-    from gearshift.train.estimate import advice, device_memory, estimate, table
+    from gearshift.train.estimate import advice, device_memory, estimate, remarks, table
 
     stages = estimate(recipe, gpus)
     memory = device_memory(recipe, gpus) if gigabytes is None else round(gigabytes * 1e9)
     out.print(table(stages, memory))
-    if memory is not None:
-        for sentence in advice(recipe, stages, memory, gpus):
-            out.print(sentence)
+    for sentence in remarks(stages) + ([] if memory is None else advice(recipe, stages, memory, gpus)):
+        out.print(sentence)
 
 
 @app.command(cls=Command)

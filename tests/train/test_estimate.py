@@ -15,18 +15,21 @@ from gearshift.cli import app
 from gearshift.data import TokenSequences
 from gearshift.mixers.footprint import Footprint, run_stand_in, stand_in, standing_in
 from gearshift.train import (
+    ChatLossWeights,
     Distiller,
     LayerwiseStage,
     LossWeights,
     PresetSampling,
     Recipe,
     SandwichSampling,
+    SftStage,
     StochasticStage,
     UniformSampling,
     load_recipe,
 )
-from gearshift.train.estimate import Ranks, Units, advice, estimate, shared_out
+from gearshift.train.estimate import Ranks, Units, advice, estimate, remarks, shared_out
 from gearshift.train.estimate import stages as estimates
+from gearshift.train.estimate.table import _smaller
 from gearshift.train.estimate.tracker import Tracker
 from tests.models import supernet_spec
 
@@ -54,6 +57,8 @@ def recipe_of(spec: ModelSpec, folder: Path, *stages: Any, **more: Any) -> Recip
     path = folder / "model.yaml"
     path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     settings = {"sequence_length": TOKENS, "batch_size": 2, "device": "cpu", "loss_chunk": 64, **more}
+    if any(stage.reads_chats for stage in stages):
+        settings["chats"] = [{"path": "chats.jsonl"}]
     return Recipe(model=str(path), output=str(folder / "run"), stages=stages, **settings)
 
 
@@ -61,9 +66,10 @@ def measured(spec: ModelSpec, recipe: Recipe) -> int:
     """The most bytes in use by tensors while `recipe` runs, by torch's own account of every allocation."""
     model = GearshiftForCausalLM(GearshiftConfig(spec))
     sequences = TokenSequences(torch.randint(spec.vocab_size, (8, TOKENS)))
+    chats = TokenSequences(sequences.tokens, None, sequences.tokens % 2 == 0)
     now = most = sum(parameter.nbytes for parameter in model.parameters())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        for _ in Distiller(model, sequences, recipe).run():
+        for _ in Distiller(model, sequences, recipe, chats=chats).run():
             pass
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -79,6 +85,7 @@ STAGES = {
     "stochastic": StochasticStage(steps=3, sampling=UniformSampling()),
     "recompute": StochasticStage(steps=3, sampling=UniformSampling(), recompute=True),
     "activation": StochasticStage(steps=2, losses=LossWeights(activation=0.5)),
+    "sft": SftStage(steps=3, sampling=UniformSampling(), losses=ChatLossWeights(forward_kl=0.5)),
 }
 
 
@@ -130,6 +137,23 @@ def test_steps_that_learn_nothing_are_not_what_is_rehearsed(tmp_path: Path) -> N
         estimate(recipe_of(spec, tmp_path, StochasticStage(steps=1, sampling=named({"attention": 1})), **more))
 
 
+def test_a_preset_that_a_model_does_not_have_yet_may_be_any_placement(tmp_path: Path) -> None:
+    sampling = SandwichSampling(cheapest="fast", between=named({"slow": 0.5, "fast": 0.25}))
+    recipe = recipe_of(spec_of(layers=2), tmp_path, SftStage(steps=30, sampling=sampling))
+    (unknown,) = estimate(recipe)
+    assert unknown.unknown == ("fast", "slow")
+    path = tmp_path / "named.yaml"
+    presets = {"fast": "kda*2", "slow": "attention,kda"}
+    path.write_text(yaml.safe_dump({"spec": spec_of(layers=2).model_dump(mode="json"), "presets": presets}))
+    (known,) = estimate(recipe.model_copy(update={"model": str(path)}))
+    assert known.unknown == ()
+    assert known.total <= unknown.total < 1.15 * known.total
+    (said,) = remarks([unknown])
+    assert said.startswith("stage 0 (sft): the model has no preset fast or slow; any placement stands in for one here")
+    with pytest.raises(ValueError, match="the placement fast,kda,fast names 3 layers, but the model has 2"):
+        estimate(recipe_of(spec_of(layers=2), tmp_path, StochasticStage(steps=1, sampling=named({"fast,kda,fast": 1}))))
+
+
 def test_an_estimate_does_not_depend_on_when_garbage_is_collected(tmp_path: Path) -> None:
     mixers = {name: MIXERS[name] for name in ("attention", "window")}
     spec = supernet_spec(2, mixers, vocab_size=1000, hidden_size=64)
@@ -170,6 +194,7 @@ def test_recomputing_and_smaller_parts_take_less(tmp_path: Path) -> None:
     (said,) = advice(recipe, whole, 1000, 1)
     assert "shorter sequences" in said
     assert not advice(recipe, whole, whole[0].total, 1)
+    assert next(_smaller(recipe_of(spec_of(2), tmp_path, STAGES["sft"]), 0, 1))[1] == "stages.0.recompute=true"
 
 
 def test_what_is_shared_between_gpus() -> None:
@@ -219,13 +244,15 @@ def test_long_sequences_on_one_gpu(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_a_table_and_starts_nothing(tmp_path: Path) -> None:
-    recipe = recipe_of(spec_of(2), tmp_path, STAGES["layerwise"])
+    stage = LayerwiseStage(steps=2, calibration="none", stream="student", sampling=named({"fast": 1}))
+    recipe = recipe_of(spec_of(2), tmp_path, stage, batch_size=1)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     shown = CliRunner().invoke(app, ["train", str(path), "--estimate", "--memory", "0.0001"])
     assert shown.exit_code == 0, shown.output
     assert "layerwise" in shown.output
     assert "optimiser" in shown.output
+    assert "the model has no preset fast" in shown.output
     assert "the device has" in shown.output
     assert not (tmp_path / "run").exists()
 

@@ -184,7 +184,7 @@ class SftStage(SampledStage):
 
     @property
     def held_out_placements(self) -> tuple[str, ...]:
-        return tuple(self.sampling.probabilities) if isinstance(self.sampling, PresetSampling) else ()
+        return self.sampling.named if isinstance(self.sampling, PresetSampling) else ()
 
 
 Stage = Annotated[LayerwiseStage | StochasticStage | SftStage, Field(discriminator="type")]

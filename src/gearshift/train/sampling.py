@@ -52,6 +52,11 @@ class SamplingStrategy(Spec):
     type: str
     """The strategy."""
 
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The placements that the settings name."""
+        return ()
+
     def check(self, choices: Choices, presets: Presets) -> None:
         """ValueError if the settings do not fit a model with these choices and presets."""
 
@@ -162,6 +167,10 @@ class PresetSampling(SamplingStrategy):
             raise ValueError(f"the probabilities of the presets sum to {sum(probabilities.values()):g}, more than 1")
         return probabilities
 
+    @property
+    def named(self) -> tuple[str, ...]:
+        return tuple(self.probabilities)
+
     def check(self, choices: Choices, presets: Presets) -> None:
         for name in self.probabilities:
             resolve_placement(name, presets, choices)
@@ -200,6 +209,10 @@ class SandwichSampling(SamplingStrategy):
     largest: str | None = None
     """What ends a turn, named as `cheapest` is. Null: nothing; main is the teacher by default, and learns nothing."""
 
+    @property
+    def named(self) -> tuple[str, ...]:
+        return (*self._end_names(), *self.between.named)
+
     def check(self, choices: Choices, presets: Presets) -> None:
         self._ends(choices, presets)
         self.between.check(choices, presets)
@@ -217,8 +230,10 @@ class SandwichSampling(SamplingStrategy):
         return ends[0 if place == 0 else 1]
 
     def _ends(self, choices: Choices, presets: Presets) -> list[Placement]:
-        names = (name for name in (self.cheapest, self.largest) if name is not None)
-        return [resolve_placement(name, presets, choices) for name in names]
+        return [resolve_placement(name, presets, choices) for name in self._end_names()]
+
+    def _end_names(self) -> list[str]:
+        return [name for name in (self.cheapest, self.largest) if name is not None]
 
 
 Sampling = Annotated[
