@@ -30,7 +30,7 @@ from gearshift.settings import load_settings, read_again
 from gearshift.spec import Spec
 from gearshift.surgery import load_surgery
 from gearshift.tiny import TINY, write_tiny_model
-from gearshift.train import DistillationSettings, Recipe, step_progress, train
+from gearshift.train import DistillationSettings, Recipe, step_lines, step_progress, train
 
 RECIPES = next(
     folder
@@ -193,7 +193,9 @@ class Job:
             checkpoint_every=8,
             **dict(self.settings.distillation),
         )
-        result = train(recipe, step_progress(advance, len(recipe.stages)))
+        console, stages = self.steps.console, len(recipe.stages)
+        watch = step_progress(advance, stages) if console.is_terminal else step_lines(console, stages)
+        result = train(recipe, watch)
         tokens = sum(record["tokens"] for record in self.records if record["event"] == "step")
         step.result = f"{recipe.total_steps} steps, {tokens:,} tokens"
         if result.resumed_at:

@@ -1,7 +1,10 @@
 import dataclasses
+import io
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec, Placement
 from gearshift.data import Batch, TokenSequences
@@ -23,6 +26,8 @@ from gearshift.train import (
     UniformSampling,
     WeightedSampling,
     distil,
+    metrics,
+    step_lines,
     step_progress,
 )
 from gearshift.train.layerwise import LayerwiseRun
@@ -95,6 +100,34 @@ def test_progress_moves_by_steps_over_all_stages_and_tells_the_stage_and_the_los
     assert moves[-1] == (1, moves[-2][1])
     watch(dataclasses.replace(skipped, stage=2, global_step=5))
     assert moves[-1] == (1, "stage 3/3 stochastic")
+
+
+def test_without_a_bar_a_line_is_printed_for_each_stage_and_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, clock = io.StringIO(), SimpleNamespace(now=100.0)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    watch = step_lines(Console(file=shown, width=20), stages=2)
+    place = {"stage": 0, "type": "layerwise", "step": 0, "global_step": 0}
+    rates = {"learning_rate": 1.0, "gradient_norm": 1.0, "tokens": 2048, "seconds": 0.5}
+    step = StepRecord(**place, total_steps=2000, loss=0.5, terms={}, **rates)
+    sft = dataclasses.replace(step, stage=1, type="sft", loss=None)
+    records: list[tuple[float, Record]] = [
+        (0, CalibrationRecord(**place, before={}, scaled={}, after={}, seconds=1)),
+        (29, step),
+        (30, dataclasses.replace(step, global_step=1, seconds=1.5)),
+        (90, StageEndRecord(**place)),
+        (91, dataclasses.replace(sft, global_step=2)),
+        (92, dataclasses.replace(sft, global_step=3)),
+        (121, dataclasses.replace(sft, global_step=4)),
+    ]
+    for seconds, record in records:
+        clock.now = 100.0 + seconds
+        watch(record)
+    assert shown.getvalue().splitlines() == [
+        "stage 1/2 layerwise",
+        "step 2/2,000, stage 1/2 layerwise, loss 0.5, 2,048 tokens/s",
+        "step 3/2,000, stage 2/2 sft, 4,096 tokens/s",
+        "step 5/2,000, stage 2/2 sft, 4,096 tokens/s",
+    ]
 
 
 def test_the_stochastic_loss_falls_on_one_placement() -> None:
