@@ -165,10 +165,12 @@ def train(
 def _print_estimate(recipe: "Recipe", gpus: int | None, gigabytes: float | None) -> None:
     from gearshift.train.estimate import advice, device_memory, estimate, remarks, table
 
-    stages = estimate(recipe, gpus)
-    memory = device_memory(recipe, gpus) if gigabytes is None else round(gigabytes * 1e9)
+    with err.status("estimating"):
+        stages = estimate(recipe, gpus)
+        memory = device_memory(recipe, gpus) if gigabytes is None else round(gigabytes * 1e9)
+        sentences = remarks(stages) + ([] if memory is None else advice(recipe, stages, memory, gpus))
     out.print(table(stages, memory))
-    for sentence in remarks(stages) + ([] if memory is None else advice(recipe, stages, memory, gpus)):
+    for sentence in sentences:
         out.print(sentence)
 
 

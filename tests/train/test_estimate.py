@@ -1,16 +1,18 @@
 """The memory that an estimate gives, against what training then takes."""
 
 import gc
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
-from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec
+from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec, train
 from gearshift.cli import app
 from gearshift.data import TokenSequences
 from gearshift.mixers.footprint import Footprint, run_stand_in, stand_in, standing_in
@@ -250,11 +252,22 @@ def test_the_command_prints_a_table_and_starts_nothing(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     shown = CliRunner().invoke(app, ["train", str(path), "--estimate", "--memory", "0.0001"])
     assert shown.exit_code == 0, shown.output
+    assert shown.stderr == ""
     assert "layerwise" in shown.output
     assert "optimiser" in shown.output
     assert "the model has no preset fast" in shown.output
     assert "the device has" in shown.output
     assert not (tmp_path / "run").exists()
+
+
+def test_on_a_terminal_the_command_shows_that_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr("gearshift.cli.err", Console(file=shown, force_terminal=True))
+    monkeypatch.setattr(train.estimate, "estimate", lambda recipe, gpus: [])
+    path = tmp_path / "recipe.yaml"
+    path.write_text("{model: nowhere, output: run, stages: [{type: stochastic, steps: 1}]}")
+    assert CliRunner().invoke(app, ["train", str(path), "--estimate"]).exit_code == 0
+    assert "estimating" in shown.getvalue()
 
 
 def test_only_an_estimate_takes_gpus(tmp_path: Path) -> None:
