@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from gearshift.data import Corpus, TokenSequences, open_chats, open_corpus, read_text
 from gearshift.formats import FORMATS, HUB_NAME, NativeConfig, hub_folder
 from gearshift.formats.documents import read_json, write_json
+from gearshift.locks import release
 from gearshift.model import GearshiftConfig, GearshiftForCausalLM
 from gearshift.settings import read_again
 from gearshift.train.checkpoint import Checkpoints, replacing
@@ -77,9 +78,7 @@ def train(
         with process_group():
             return _train(recipe, progress, callbacks, lock)
     finally:
-        if lock.is_locked:
-            Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        release(lock)
 
 
 def _train(
