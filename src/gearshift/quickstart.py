@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from gearshift.conversion import convert, export, load, save_presets
 from gearshift.data import DataSource, TokenSequences, open_corpus, python_text, read_text
 from gearshift.evaluate import Judge, JudgeSettings, layer_errors
+from gearshift.files import write_whole
 from gearshift.formats import open_checkpoint
 from gearshift.formats.documents import read_json, write_json
 from gearshift.generation import write
@@ -289,9 +290,7 @@ class Job:
         """The text, as training and measuring read it."""
         path = self.out / "text.txt"
         if not path.exists():
-            fresh = path.with_suffix(".partial")
-            fresh.write_text(self.text, encoding="utf-8")
-            fresh.replace(path)
+            write_whole(path, self.text)
         return path
 
     @cached_property
@@ -338,9 +337,7 @@ class Job:
         with self.steps.step(name, units) as (step, advance):
             self.results[key] = do(step, advance)
         path.parent.mkdir(exist_ok=True)
-        fresh = path.with_suffix(".partial")
-        write_json(fresh, {"seconds": step.seconds, "line": step.result, "result": self.results[key]})
-        fresh.replace(path)
+        write_json(path, {"seconds": step.seconds, "line": step.result, "result": self.results[key]})
 
 
 def find_default_model() -> str:

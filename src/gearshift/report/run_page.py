@@ -6,12 +6,13 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from gearshift.files import write_whole
 from gearshift.report.curves import Points, run_curve
 from gearshift.report.history import Rows, RunHistory, StageHistory
 from gearshift.report.html import Child, Html, tag
 from gearshift.report.learning import losses_section
 from gearshift.report.numbers import count, duration, number, percent
-from gearshift.report.page import document, replace_file
+from gearshift.report.page import document
 from gearshift.report.palette import Palette
 from gearshift.report.parts import Section, folded, plural, table, wide
 from gearshift.report.record import setting_tree
@@ -25,7 +26,7 @@ def write_run(history: RunHistory, path: Path) -> None:
     """Write the page of a run. A reader sees the old page or the new one, never a part."""
     page = render_run(history)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, page)
+    write_whole(path, page)
 
 
 def render_run(history: RunHistory) -> str:

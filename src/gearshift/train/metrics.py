@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
+from gearshift.files import write_whole
 from gearshift.progress import Bar
 from gearshift.records import parse_record
 from gearshift.spec import Placement
@@ -181,9 +182,7 @@ class JsonLines(Callback):
         """Keep the records from before (stage, step) and drop the rest, so that no step appears twice."""
         self.path = path
         kept = _lines_before(path, stage, step) if path.exists() else []
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(kept), encoding="utf-8")
-        fresh.replace(path)
+        write_whole(path, "".join(kept))
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def on_record(self, record: Record) -> None:

@@ -1,6 +1,5 @@
 """A training run: from a recipe to a folder with a trained model, through interruptions."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,9 +275,7 @@ def _claim(recipe: Recipe, output: Path, text: str, lock: FileLock) -> bool:
     path = output / "recipe.json"
     if not path.exists():
         output.mkdir(parents=True, exist_ok=True)
-        fresh = output / ".recipe.json.tmp"
-        fresh.write_text(json.dumps({"recipe": recipe.model_dump(mode="json"), "text": text}, indent=2))
-        fresh.replace(path)
+        write_json(path, {"recipe": recipe.model_dump(mode="json"), "text": text})
     elif read_json(path)["text"] != text:
         raise ValueError(f"the text has changed since the run in {output} began: choose another output folder")
     try:
