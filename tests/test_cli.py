@@ -104,8 +104,11 @@ def recipe(work: Path, folder: Path, *stages: dict[str, object]) -> Path:
 
 def test_train_resumes_and_finishes(work: Path, tmp_path: Path) -> None:
     stages = {"type": "layerwise", "steps": 9}, {"type": "stochastic", "steps": 2}
-    shown = succeed("train", recipe(work, tmp_path, *stages), "stages.0.steps=2", "seed=3").output
-    assert "4 steps" in shown
+    shown = succeed("train", recipe(work, tmp_path, *stages), "stages.0.steps=2", "seed=3")
+    assert shown.stdout.endswith("model: 4 steps\n")
+    first, second = shown.stderr.splitlines()
+    assert first == "stage 1/2 layerwise"
+    assert second.startswith("step 3/4, stage 2/2 stochastic, loss ")
     assert "finished before" in succeed("train", tmp_path / "recipe.yaml", "stages.0.steps=2", "seed=3").output
     run = yaml.safe_load((tmp_path / "recipe.yaml").read_text())["output"]
     assert "Finished: 4 steps." in succeed("report", run).output
@@ -119,7 +122,7 @@ def test_a_run_that_diverges_says_where_in_one_line(work: Path, tmp_path: Path) 
     shown = gearshift("train", recipe(work, tmp_path, {"type": "layerwise", "steps": 9, "learning_rate": 1e30}))
     assert shown.exit_code == 1
     assert "The first bad tensor: the output of model.layers." in shown.output
-    assert shown.output.count("\n") == 1
+    assert shown.stderr.splitlines()[1:] == [shown.stderr.splitlines()[-1]]  # behind the line for the stage
     assert not (tmp_path / "run" / "model").exists()
     said = " ".join(succeed("report", tmp_path / "run").output.split())
     assert "of 9 steps (" in said

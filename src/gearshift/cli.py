@@ -132,7 +132,7 @@ def train(
     from contextlib import nullcontext
 
     from gearshift.progress import bar, silent
-    from gearshift.train import TrainingDivergedError, load_recipe, step_progress
+    from gearshift.train import TrainingDivergedError, load_recipe, step_lines, step_progress
     from gearshift.train import train as run_recipe
     from gearshift.train.parallel import process_group
 
@@ -144,8 +144,10 @@ def train(
     with process_group() as first:
         settings = load_recipe(recipe, overrides or [])
         with bar(err, "training", settings.total_steps) if first else nullcontext(silent) as advance:
+            stages = len(settings.stages)
+            watch = step_progress(advance, stages) if err.is_terminal else step_lines(err, stages)
             try:
-                result = run_recipe(settings, step_progress(advance, len(settings.stages)))
+                result = run_recipe(settings, watch)
             except TrainingDivergedError as error:
                 if first:
                     err.print(f"gearshift: {error}", soft_wrap=True, highlight=False, markup=False)
@@ -161,14 +163,15 @@ def train(
 
 
 def _print_estimate(recipe: "Recipe", gpus: int | None, gigabytes: float | None) -> None:
-    from gearshift.train.estimate import advice, device_memory, estimate, table
+    from gearshift.train.estimate import advice, device_memory, estimate, remarks, table
 
-    stages = estimate(recipe, gpus)
-    memory = device_memory(recipe, gpus) if gigabytes is None else round(gigabytes * 1e9)
+    with err.status("estimating"):
+        stages = estimate(recipe, gpus)
+        memory = device_memory(recipe, gpus) if gigabytes is None else round(gigabytes * 1e9)
+        sentences = remarks(stages) + ([] if memory is None else advice(recipe, stages, memory, gpus))
     out.print(table(stages, memory))
-    if memory is not None:
-        for sentence in advice(recipe, stages, memory, gpus):
-            out.print(sentence)
+    for sentence in sentences:
+        out.print(sentence)
 
 
 @app.command(cls=Command)
@@ -191,9 +194,8 @@ def report(
     for stage in history.stages:
         table.add_row(*stage_row(stage))
     out.print(table)
-    for line in (status(history), left_out(history), f"report: {page}"):
-        if line:
-            out.print(line)
+    for line in (status(history), *left_out(history), f"report: {page}"):
+        out.print(line)
 
 
 @app.command("eval", cls=Command)

@@ -186,9 +186,7 @@ def save_presets(folder: str | Path, presets: dict[str, Any], default: str | Non
     path = Path(folder) / "config.json"
     native = NativeConfig.from_json_dict(read_json(path))
     native = replace(native, presets={**native.presets, **presets}, default_preset=default or native.default_preset)
-    fresh = path.with_name(".config.json.partial")
-    write_json(fresh, native.to_json_dict())
-    fresh.replace(path)
+    write_json(path, native.to_json_dict())
 
 
 def _config(native: NativeConfig) -> GearshiftConfig:

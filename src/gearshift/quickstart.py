@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from gearshift.conversion import convert, export, load, save_presets
 from gearshift.data import DataSource, TokenSequences, open_corpus, python_text, read_text
 from gearshift.evaluate import Judge, JudgeSettings, layer_errors
+from gearshift.files import write_whole
 from gearshift.formats import open_checkpoint
 from gearshift.formats.documents import read_json, write_json
 from gearshift.generation import write
@@ -30,7 +31,7 @@ from gearshift.settings import load_settings, read_again
 from gearshift.spec import Spec
 from gearshift.surgery import load_surgery
 from gearshift.tiny import TINY, write_tiny_model
-from gearshift.train import DistillationSettings, Recipe, step_progress, train
+from gearshift.train import DistillationSettings, Recipe, step_lines, step_progress, train
 
 RECIPES = next(
     folder
@@ -193,7 +194,9 @@ class Job:
             checkpoint_every=8,
             **dict(self.settings.distillation),
         )
-        result = train(recipe, step_progress(advance, len(recipe.stages)))
+        console, stages = self.steps.console, len(recipe.stages)
+        watch = step_progress(advance, stages) if console.is_terminal else step_lines(console, stages)
+        result = train(recipe, watch)
         tokens = sum(record["tokens"] for record in self.records if record["event"] == "step")
         step.result = f"{recipe.total_steps} steps, {tokens:,} tokens"
         if result.resumed_at:
@@ -287,9 +290,7 @@ class Job:
         """The text, as training and measuring read it."""
         path = self.out / "text.txt"
         if not path.exists():
-            fresh = path.with_suffix(".partial")
-            fresh.write_text(self.text, encoding="utf-8")
-            fresh.replace(path)
+            write_whole(path, self.text)
         return path
 
     @cached_property
@@ -336,9 +337,7 @@ class Job:
         with self.steps.step(name, units) as (step, advance):
             self.results[key] = do(step, advance)
         path.parent.mkdir(exist_ok=True)
-        fresh = path.with_suffix(".partial")
-        write_json(fresh, {"seconds": step.seconds, "line": step.result, "result": self.results[key]})
-        fresh.replace(path)
+        write_json(path, {"seconds": step.seconds, "line": step.result, "result": self.results[key]})
 
 
 def find_default_model() -> str:

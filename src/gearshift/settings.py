@@ -104,8 +104,7 @@ def sentence(error: ValidationError, data: Any, kind: type[BaseModel]) -> str:
     fault, location, context = first["type"], first["loc"], first.get("ctx", {})
     where, tag = _path(location, data), context.get("discriminator", "").strip("'")
     if fault == "extra_forbidden":
-        near = get_close_matches(str(location[-1]), _known_keys(kind))
-        return f"unknown key {where!r}" + (f": did you mean {near[0]}?" if near else "")
+        return f"unknown key {where!r}{_hint(location, kind)}"
     if fault == "missing" and isinstance(location[-1], int):
         return f"{_path(location[:-1], data)}: give a longer list, not {_shown(first['input'])}"
     if fault == "missing":
@@ -155,20 +154,51 @@ def _path(location: tuple[int | str, ...], data: Any) -> str:
     return ".".join(parts)
 
 
-def _known_keys(kind: type[BaseModel]) -> list[str]:
-    """Every key that the settings and those inside them have."""
-    return list(dict.fromkeys(name for model in _models(kind, set()) for name in model.model_fields))
+def _hint(location: tuple[int | str, ...], kind: type[BaseModel]) -> str:
+    """What was probably meant by the unknown key at a location: that of another type of settings, or a similar one."""
+    models = list(_models(kind, set()))
+    unions = [_by_type(field.annotation) for model in models for field in model.model_fields.values()]
+    for place, tag in reversed(list(enumerate(location[:-1]))):
+        types = [members for members in unions if tag in members]
+        inside = location[place + 1 :]
+        owners = dict.fromkeys(name for members in types for name, model in members.items() if _has(model, inside))
+        if owners:
+            return f": it belongs to type {' or '.join(owners)}, not {tag}"
+    known = dict.fromkeys(name for model in models for name in model.model_fields if name != location[-1])
+    near = get_close_matches(str(location[-1]), known)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def _by_type(annotation: Any) -> dict[Any, type[BaseModel]]:
+    """The models that an annotation names, by what each has for its `type`."""
+    fields = ((model.model_fields.get("type"), model) for model in _named(annotation))
+    return {tag: model for field, model in fields if field for tag in get_args(field.annotation)}
+
+
+def _has(annotation: Any, keys: tuple[int | str, ...]) -> bool:
+    """Whether a model that an annotation names has `keys`, each inside the one before."""
+    if not keys:
+        return True
+    fields = [model.model_fields for model in _named(annotation)]
+    return any(keys[0] in own and _has(own[str(keys[0])].annotation, keys[1:]) for own in fields)
 
 
 def _models(annotation: Any, seen: set[type]) -> Iterator[type[BaseModel]]:
-    """The pydantic models that an annotation speaks of, and those inside them."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in seen:
-        seen.add(annotation)
+    """The pydantic models that an annotation names, and those inside them."""
+    for model in _named(annotation):
+        if model not in seen:
+            seen.add(model)
+            yield model
+            for field in model.model_fields.values():
+                yield from _models(field.annotation, seen)
+
+
+def _named(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The pydantic models that an annotation names."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-        for field in annotation.model_fields.values():
-            yield from _models(field.annotation, seen)
     for part in get_args(annotation):
-        yield from _models(part, seen)
+        yield from _named(part)
 
 
 def _one_line(error: Exception) -> str:

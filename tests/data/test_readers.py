@@ -96,7 +96,7 @@ def test_what_cannot_be_read_is_said_in_a_sentence(tmp_path: Path, name: str) ->
 def test_the_columns_of_a_parquet_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no column 'text'; there is body, id"):
         list(Files(parquet(tmp_path / "a.parquet", body=["x"], id=[1])).pieces())
-    with pytest.raises(ValueError, match=r"a.parquet, row 1: 'text' is not a text but null"):
+    with pytest.raises(ValueError, match=r"a.parquet, row 2: 'text' is not a text but null"):
         list(Files(parquet(tmp_path / "a.parquet", text=["x", None])).pieces())
 
 
@@ -129,7 +129,7 @@ def hub(monkeypatch: pytest.MonkeyPatch):
         asked.append((name, config, split))
         if name != "org/name":
             raise ConnectionError(f"Couldn't reach {name}\nand more")
-        return datasets.Dataset.from_dict({"text": ["x", "y"], "id": [1, 2]})
+        return datasets.Dataset.from_dict({"text": ["x", "y"], "id": [1, 2], "title": ["x", None]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return asked
@@ -142,8 +142,10 @@ def test_a_dataset_of_the_hub(hub) -> None:
     assert json.dumps(reader.identity()) == json.dumps(Dataset("org/name", "en", "train").identity())
     assert documents(DataSource(dataset="org/name").reader()) == ["x", "y"]
     assert hub[-1] == ("org/name", None, "train")
-    with pytest.raises(ValueError, match="the dataset 'org/name': there is no column 'body'; there is text, id"):
+    with pytest.raises(ValueError, match="the dataset 'org/name': there is no column 'body'; there is text, id, title"):
         Dataset("org/name", None, "train", "body")
+    with pytest.raises(ValueError, match=r"^org/name, row 2: 'title' is not a text but null"):
+        documents(Dataset("org/name", None, "train", "title"))
     with pytest.raises(ValueError, match=r"'org/other' cannot be loaded: Couldn't reach org/other$"):
         Dataset("org/other", None, "train")
 

@@ -133,6 +133,21 @@ def test_kinds_of_records_to_come_are_left_out_and_named(tmp_path: Path) -> None
     assert sentence in shown.output
 
 
+def test_damaged_lines_are_counted_and_the_rest_is_shown(tmp_path: Path) -> None:
+    """A last line that does not end is no damage: a run may be writing it."""
+    folder = running(tmp_path / "run", 10)
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines[3], lines[5], lines[6] = lines[3][:40] + b"\n", b"\0" * 30 + b"\n", b"[1, 2]\n"
+    (folder / "metrics.jsonl").write_bytes(b"".join(lines) + b'{"event": "st')
+    history = read_history(folder)
+    assert history.damaged == [4, 6, 7]
+    assert history.done == 7
+    sentence = "Left out: 3 lines of metrics.jsonl that cannot be read (the first: line 4)."
+    assert Reader(render_run(history)).text.count(sentence) == 1
+    shown = CliRunner().invoke(app, ["report", str(folder)])
+    assert (shown.exit_code, shown.output.count(sentence)) == (0, 1)
+
+
 def write(folder: Path, **files: str) -> Path:
     for name, text in files.items():
         path = folder / {"metrics": "metrics.jsonl", "recipe": "recipe.json", "inner": "training/metrics.jsonl"}[name]
@@ -148,6 +163,7 @@ def write(folder: Path, **files: str) -> Path:
         ({"inner": "{}\n"}, r"is a quickstart's folder: its training run is in .*training"),
         ({"recipe": '{"recipe": {}}'}, r"the run in .* has no record yet: try again"),
         ({"metrics": ""}, r"the run in .* has no record yet: try again"),
+        ({"metrics": "\n{]\n"}, r"metrics.jsonl cannot be read, from line 1 on: it holds no record of a run"),
         ({"metrics": '{"event": "merger"}\n'}, r"no record yet, but for 1 of kind 'merger' that this version"),
         ({"metrics": '{"event": "stage_end", "stage": 0}\n'}, r"understood \(a stage_end record lacks step, type\)"),
         ({"metrics": '{"event": "calibration", "stage": 0, "type": "x", "step": 0, "after": {}, "seconds": 1}\n'},

@@ -1,31 +1,37 @@
 """The memory that an estimate gives, against what training then takes."""
 
 import gc
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
-from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec
+from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec, train
 from gearshift.cli import app
 from gearshift.data import TokenSequences
 from gearshift.mixers.footprint import Footprint, run_stand_in, stand_in, standing_in
 from gearshift.train import (
+    ChatLossWeights,
     Distiller,
     LayerwiseStage,
     LossWeights,
+    PresetSampling,
     Recipe,
     SandwichSampling,
+    SftStage,
     StochasticStage,
     UniformSampling,
     load_recipe,
 )
-from gearshift.train.estimate import Ranks, Units, advice, estimate, shared_out
+from gearshift.train.estimate import Ranks, Units, advice, estimate, remarks, shared_out
 from gearshift.train.estimate import stages as estimates
+from gearshift.train.estimate.table import _smaller
 from gearshift.train.estimate.tracker import Tracker
 from tests.models import supernet_spec
 
@@ -40,6 +46,10 @@ MIXERS: dict[str, dict[str, Any]] = {
 TOKENS = 128
 
 
+def named(probabilities: dict[str, float]) -> PresetSampling:
+    return PresetSampling(probabilities=probabilities)
+
+
 def spec_of(layers: int = 3, **model: Any) -> ModelSpec:
     return supernet_spec(layers, MIXERS, **{"vocab_size": 1000, "hidden_size": 64, **model})
 
@@ -49,6 +59,8 @@ def recipe_of(spec: ModelSpec, folder: Path, *stages: Any, **more: Any) -> Recip
     path = folder / "model.yaml"
     path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     settings = {"sequence_length": TOKENS, "batch_size": 2, "device": "cpu", "loss_chunk": 64, **more}
+    if any(stage.reads_chats for stage in stages):
+        settings["chats"] = [{"path": "chats.jsonl"}]
     return Recipe(model=str(path), output=str(folder / "run"), stages=stages, **settings)
 
 
@@ -56,9 +68,10 @@ def measured(spec: ModelSpec, recipe: Recipe) -> int:
     """The most bytes in use by tensors while `recipe` runs, by torch's own account of every allocation."""
     model = GearshiftForCausalLM(GearshiftConfig(spec))
     sequences = TokenSequences(torch.randint(spec.vocab_size, (8, TOKENS)))
+    chats = TokenSequences(sequences.tokens, None, sequences.tokens % 2 == 0)
     now = most = sum(parameter.nbytes for parameter in model.parameters())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        for _ in Distiller(model, sequences, recipe).run():
+        for _ in Distiller(model, sequences, recipe, chats=chats).run():
             pass
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -74,6 +87,7 @@ STAGES = {
     "stochastic": StochasticStage(steps=3, sampling=UniformSampling()),
     "recompute": StochasticStage(steps=3, sampling=UniformSampling(), recompute=True),
     "activation": StochasticStage(steps=2, losses=LossWeights(activation=0.5)),
+    "sft": SftStage(steps=3, sampling=UniformSampling(), losses=ChatLossWeights(forward_kl=0.5)),
 }
 
 
@@ -109,6 +123,37 @@ def test_placements_of_all_layers_are_named_where_few_are_rehearsed(tmp_path: Pa
     student = LayerwiseStage(steps=2, stream="student", sampling=SandwichSampling(cheapest=named))
     stages = student, StochasticStage(steps=2, sampling=SandwichSampling(cheapest=named))
     assert [stage.tokens for stage in estimate(recipe_of(spec_of(layers=5), tmp_path, *stages))] == [2 * TOKENS] * 2
+
+
+def test_steps_that_learn_nothing_are_not_what_is_rehearsed(tmp_path: Path) -> None:
+    """The main mixer is the heaviest here, but a step of it alone is skipped."""
+    mixers = {name: MIXERS[name] for name in ("attention", "gdn")}
+    spec = supernet_spec(4, mixers, vocab_size=1000, hidden_size=64)
+    more = {"attn_implementation": "eager", "sequence_length": 1024}
+    always, often = (
+        estimate(recipe_of(spec, tmp_path, StochasticStage(steps=30, sampling=named(probabilities)), **more))
+        for probabilities in ({"attention*3,gdn": 1.0}, {"attention*3,gdn": 0.5, "attention": 0.5})
+    )
+    assert always == often
+    with pytest.raises(ValueError, match="the stochastic stage has nothing to do"):
+        estimate(recipe_of(spec, tmp_path, StochasticStage(steps=1, sampling=named({"attention": 1})), **more))
+
+
+def test_a_preset_that_a_model_does_not_have_yet_may_be_any_placement(tmp_path: Path) -> None:
+    sampling = SandwichSampling(cheapest="fast", between=named({"slow": 0.5, "fast": 0.25}))
+    recipe = recipe_of(spec_of(layers=2), tmp_path, SftStage(steps=30, sampling=sampling))
+    (unknown,) = estimate(recipe)
+    assert unknown.unknown == ("fast", "slow")
+    path = tmp_path / "named.yaml"
+    presets = {"fast": "kda*2", "slow": "attention,kda"}
+    path.write_text(yaml.safe_dump({"spec": spec_of(layers=2).model_dump(mode="json"), "presets": presets}))
+    (known,) = estimate(recipe.model_copy(update={"model": str(path)}))
+    assert known.unknown == ()
+    assert known.total <= unknown.total < 1.15 * known.total
+    (said,) = remarks([unknown])
+    assert said.startswith("stage 0 (sft): the model has no preset fast or slow; any placement stands in for one here")
+    with pytest.raises(ValueError, match="the placement fast,kda,fast names 3 layers, but the model has 2"):
+        estimate(recipe_of(spec_of(layers=2), tmp_path, StochasticStage(steps=1, sampling=named({"fast,kda,fast": 1}))))
 
 
 def test_an_estimate_does_not_depend_on_when_garbage_is_collected(tmp_path: Path) -> None:
@@ -151,6 +196,7 @@ def test_recomputing_and_smaller_parts_take_less(tmp_path: Path) -> None:
     (said,) = advice(recipe, whole, 1000, 1)
     assert "shorter sequences" in said
     assert not advice(recipe, whole, whole[0].total, 1)
+    assert next(_smaller(recipe_of(spec_of(2), tmp_path, STAGES["sft"]), 0, 1))[1] == "stages.0.recompute=true"
 
 
 def test_what_is_shared_between_gpus() -> None:
@@ -200,15 +246,28 @@ def test_long_sequences_on_one_gpu(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_a_table_and_starts_nothing(tmp_path: Path) -> None:
-    recipe = recipe_of(spec_of(2), tmp_path, STAGES["layerwise"])
+    stage = LayerwiseStage(steps=2, calibration="none", stream="student", sampling=named({"fast": 1}))
+    recipe = recipe_of(spec_of(2), tmp_path, stage, batch_size=1)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     shown = CliRunner().invoke(app, ["train", str(path), "--estimate", "--memory", "0.0001"])
     assert shown.exit_code == 0, shown.output
+    assert shown.stderr == ""
     assert "layerwise" in shown.output
     assert "optimiser" in shown.output
+    assert "the model has no preset fast" in shown.output
     assert "the device has" in shown.output
     assert not (tmp_path / "run").exists()
+
+
+def test_on_a_terminal_the_command_shows_that_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr("gearshift.cli.err", Console(file=shown, force_terminal=True))
+    monkeypatch.setattr(train.estimate, "estimate", lambda recipe, gpus: [])
+    path = tmp_path / "recipe.yaml"
+    path.write_text("{model: nowhere, output: run, stages: [{type: stochastic, steps: 1}]}")
+    assert CliRunner().invoke(app, ["train", str(path), "--estimate"]).exit_code == 0
+    assert "estimating" in shown.getvalue()
 
 
 def test_only_an_estimate_takes_gpus(tmp_path: Path) -> None:

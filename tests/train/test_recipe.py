@@ -1,9 +1,11 @@
 import json
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from pydantic import ValidationError
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from gearshift.train import (
     AllocationSampling,
@@ -64,6 +66,13 @@ def test_overrides_reach_every_depth_and_are_yaml(path: Path) -> None:
         ("stages.0.stpes=1", "unknown key 'stages.0.stpes': did you mean steps?"),
         ("batchsize=1", "unknown key 'batchsize': did you mean batch_size?"),
         ("stages.1.losses.kl=1", "unknown key 'stages.1.losses.kl'"),
+        ("stages.0.seed=1", "unknown key 'stages.0.seed'$"),
+        ("stages.1.stream=student", "unknown key 'stages.1.stream': it belongs to type layerwise, not stochastic$"),
+        ("stages.0.recompute=true", "unknown key 'stages.0.recompute': it belongs to type stochastic or sft, not"),
+        ("stages.1={type: sft, steps: 1, losses: {activation: 1}}",
+         "unknown key 'stages.1.losses.activation': it belongs to type stochastic, not sft$"),
+        ("stages.1.sampling.otherwise={type: uniform, weights: {}}",
+         r"'stages\.1\.sampling\.otherwise\.weights': it belongs to type weighted, not uniform$"),
         ("stages.2.steps=1", "'2' is no index into a list of 2"),
         ("seed.x.y=1", "seed: input should be a valid integer"),
         ("model.x=1", "'model.x=1' goes too deep: model is 'supernet', which has no parts"),
@@ -89,14 +98,23 @@ def test_overrides_reach_every_depth_and_are_yaml(path: Path) -> None:
         ("stages.1.losses={forward_kl: 0}", "at least one of them must be positive"),
         ("stages.1.sampling={type: weighted, weights: {a: -1}}", "stages.1.sampling.weights: weights: 'a' has -1"),
         ("model=", "model: "),
+        ("attn_implementation=foo",
+         "attn_implementation: there is no attention function 'foo': choose .*sdpa, eager, .*, or a kernel of the hub"),
         ("learning_rate_scales={'*': -1}", "greater than or equal to 0"),
     ],
-)
+)  # fmt: skip
 def test_bad_settings_get_one_sentence(path: Path, override: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence) as caught:
         load_recipe(path, [override])
     assert not isinstance(caught.value, ValidationError)
     assert "\n" not in str(caught.value)
+
+
+def test_attention_functions_of_transformers_of_the_hub_and_of_ones_own_are_known(path: Path) -> None:
+    names = ["eager", "sdpa", "flash_attention_2", "flex_attention", "kernels-community/flash-attn2", "my_own"]
+    with mock.patch.dict(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, my_own=sdpa_mask):
+        found = [load_recipe(path, [f"attn_implementation={name}"]).attn_implementation for name in names]
+    assert found == names
 
 
 @pytest.mark.parametrize(

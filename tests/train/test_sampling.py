@@ -39,6 +39,23 @@ def test_a_placement_is_a_pure_function_and_fits_the_model(strategy, choices, se
     assert drawn.validate(choices) == strategy.sample(choices, {}, seed, step)
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        *STRATEGIES,
+        WeightedSampling(weights={"a": 1, "b": 0}),
+        PresetSampling(probabilities={"slow": 0.9, "fast": 0}, otherwise=WeightedSampling(weights={"b": 1})),
+        PresetSampling(probabilities={"fast": 0.5, "a,c,b,a": 0.5}),
+        SandwichSampling(cheapest="slow", between=PresetSampling(probabilities={"fast": 1}), largest="b,c*3"),
+    ],
+)
+def test_what_may_be_drawn_is_what_is_drawn(strategy: SamplingStrategy) -> None:
+    drawn = [strategy.sample([ABC] * 4, PRESETS, 7, step) for step in range(300)]
+    assert strategy.possible([ABC] * 4, PRESETS) == [set(names) for names in zip(*drawn, strict=True)]
+    lone = WeightedSampling(weights={"a": 1, "b": 0}).possible([("c",), ABC], {})
+    assert lone == [{"c"}, {"a"}]
+
+
 def shares(strategy: SamplingStrategy, layers: int = 4, draws: int = 4000, choices=None) -> Counter[Placement]:
     choices = choices or [ABC] * layers
     return Counter(strategy.sample(choices, PRESETS, 7, step) for step in range(draws))

@@ -1,7 +1,10 @@
 import dataclasses
+import io
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec, Placement
 from gearshift.data import Batch, TokenSequences
@@ -14,12 +17,17 @@ from gearshift.train import (
     OptimiserSettings,
     PresetSampling,
     Record,
+    SandwichSampling,
+    SftStage,
     StageEndRecord,
     StepRecord,
     StochasticStage,
     TrainingDivergedError,
     UniformSampling,
+    WeightedSampling,
     distil,
+    metrics,
+    step_lines,
     step_progress,
 )
 from gearshift.train.layerwise import LayerwiseRun
@@ -92,6 +100,34 @@ def test_progress_moves_by_steps_over_all_stages_and_tells_the_stage_and_the_los
     assert moves[-1] == (1, moves[-2][1])
     watch(dataclasses.replace(skipped, stage=2, global_step=5))
     assert moves[-1] == (1, "stage 3/3 stochastic")
+
+
+def test_without_a_bar_a_line_is_printed_for_each_stage_and_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, clock = io.StringIO(), SimpleNamespace(now=100.0)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    watch = step_lines(Console(file=shown, width=20), stages=2)
+    place = {"stage": 0, "type": "layerwise", "step": 0, "global_step": 0}
+    rates = {"learning_rate": 1.0, "gradient_norm": 1.0, "tokens": 2048, "seconds": 0.5}
+    step = StepRecord(**place, total_steps=2000, loss=0.5, terms={}, **rates)
+    sft = dataclasses.replace(step, stage=1, type="sft", loss=None)
+    records: list[tuple[float, Record]] = [
+        (0, CalibrationRecord(**place, before={}, scaled={}, after={}, seconds=1)),
+        (29, step),
+        (30, dataclasses.replace(step, global_step=1, seconds=1.5)),
+        (90, StageEndRecord(**place)),
+        (91, dataclasses.replace(sft, global_step=2)),
+        (92, dataclasses.replace(sft, global_step=3)),
+        (121, dataclasses.replace(sft, global_step=4)),
+    ]
+    for seconds, record in records:
+        clock.now = 100.0 + seconds
+        watch(record)
+    assert shown.getvalue().splitlines() == [
+        "stage 1/2 layerwise",
+        "step 2/2,000, stage 1/2 layerwise, loss 0.5, 2,048 tokens/s",
+        "step 3/2,000, stage 2/2 sft, 4,096 tokens/s",
+        "step 5/2,000, stage 2/2 sft, 4,096 tokens/s",
+    ]
 
 
 def test_the_stochastic_loss_falls_on_one_placement() -> None:
@@ -170,10 +206,34 @@ def test_mixers_that_were_not_sampled_are_left_alone() -> None:
 def test_all_main_has_nothing_to_learn() -> None:
     model = supernet(layers=2)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    records = train(model, StochasticStage(steps=2, sampling=only("attention"), losses=LossWeights(cross_entropy=1)))
+    last = SandwichSampling(cheapest="attention", random=2, between=only("attention"), largest="gdn")
+    records = train(model, StochasticStage(steps=2, sampling=last, losses=LossWeights(cross_entropy=1)))
     assert [record.loss for record in records[:2]] == [None, None]
     assert records[0].placement == model.spec.main
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("stage", [StochasticStage, SftStage])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        only("attention"),
+        WeightedSampling(weights={"attention": 1, "gdn": 0}),
+        SandwichSampling(cheapest="main", between=only("window"), largest="attention"),
+    ],
+    ids=lambda sampling: sampling.type,
+)
+def test_a_stage_in_which_nothing_ever_learns_is_refused(stage, sampling) -> None:
+    model = supernet(layers=2)
+    model.config.presets = {"main": "attention*2"}
+    kinds = {"chats": sequences()} if stage is SftStage else {}
+    refused = settings(stage(steps=1, sampling=sampling), freeze=("*.window.*",))
+    with pytest.raises(ValueError, match=f"the {refused.stages[0].type} stage has nothing to do: under none"):
+        Distiller(model, sequences(), refused, **kinds)
+    learning = {"learning_rate_scales": {"*": 1.0}, "freeze": ()}
+    assert Distiller(model, sequences(), refused.model_copy(update=learning), supernet(layers=2), **kinds)
+    measured = settings(stage(steps=0, sampling=sampling), freeze=("*.window.*",))
+    assert Distiller(model, sequences(), measured, **kinds)
 
 
 @pytest.mark.parametrize(

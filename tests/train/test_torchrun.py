@@ -2,25 +2,32 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 from gearshift.train import Recipe, train
+from gearshift.train.parallel.launch import GRACE
 from tests.train.test_parallel import furthest
 from tests.train.test_run import recipe, timeless
 
 STAGES = ({"type": "layerwise", "steps": 2}, {"type": "stochastic", "steps": 2})
 
 
-def torchrun(*arguments: object, processes: int = 2, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """`torchrun --nproc-per-node PROCESSES ARGUMENTS`, its output as text."""
+def launched(*arguments: object, processes: int = 2) -> dict[str, Any]:
+    """`torchrun --nproc-per-node PROCESSES ARGUMENTS`, its output as text: what to give to subprocess."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    return {"args": [*command, *map(str, arguments)], "env": environment, "text": True}
+
+
+def torchrun(*arguments: object, processes: int = 2, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc-per-node PROCESSES ARGUMENTS`, its output as text."""
+    job = launched(*arguments, processes=processes)
+    return subprocess.run(**job, capture_output=True, timeout=timeout, check=False)
 
 
 def write(settings: Recipe, folder: Path) -> Path:
@@ -59,3 +66,19 @@ def test_a_bad_recipe_is_refused_in_one_sentence_said_once(tmp_path: Path) -> No
     assert f"gearshift: {reason}" in ended.stderr
     assert f"  traceback : {reason}\n" in ended.stderr  # torchrun's summary, whose word for it that is
     assert "exitcode  : 2" in ended.stderr
+
+
+def test_ctrl_c_ends_all_processes_without_waiting_for_each_other(source: Path, tmp_path: Path) -> None:
+    path = write(recipe(source, tmp_path / "run", stages=[{"type": "layerwise", "steps": 10**6}]), tmp_path)
+    job = subprocess.Popen(**launched("-m", "gearshift", "train", path), stderr=subprocess.PIPE)
+    hung = threading.Timer(120, job.terminate)
+    hung.start()
+    try:
+        assert any("stage 1/1 layerwise" in line for line in job.stderr), "it ended before its first step"
+        job.send_signal(signal.SIGINT)  # its processes are in groups of their own: a terminal's reaches it alone too
+        _, said = job.communicate(timeout=GRACE - 5)
+    finally:
+        hung.cancel()
+        job.terminate()
+        job.wait()
+    assert "gearshift: stopped" in said

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -120,11 +121,10 @@ class Dataset:
         return [self.name, self.field, self.rows._fingerprint, *_identity(self.chats)]
 
     def pieces(self) -> Iterator[Piece]:
-        number = 0
-        for rows in self.rows.select_columns([self.field]).iter(batch_size=1000):
-            for value in rows[self.field]:
-                yield _document(value, self.field, f"{self.name}, row {number}", 1, self.chats)
-                number += 1
+        batches = self.rows.select_columns([self.field]).iter(batch_size=1000)
+        values = chain.from_iterable(rows[self.field] for rows in batches)
+        for number, value in enumerate(values, start=1):
+            yield _document(value, self.field, f"{self.name}, row {number}", 1, self.chats)
 
 
 class Documents:
@@ -192,11 +192,10 @@ def _parquet(path: Path, field: str, chats: ChatRenderer | None) -> Iterator[Pie
         with parquet.ParquetFile(path) as file:
             _check_column(str(path), field, file.schema_arrow.names)
             amount = path.stat().st_size / max(1, file.metadata.num_rows)
-            number = 0
-            for rows in file.iter_batches(columns=[field]):
-                for value in rows.column(0).to_pylist():
-                    yield _document(value, field, f"{path}, row {number}", amount, chats)
-                    number += 1
+            batches = file.iter_batches(columns=[field])
+            values = chain.from_iterable(rows.column(0).to_pylist() for rows in batches)
+            for number, value in enumerate(values, start=1):
+                yield _document(value, field, f"{path}, row {number}", amount, chats)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from None
 

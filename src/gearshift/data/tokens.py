@@ -17,6 +17,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from gearshift.data.readers import Piece, Reader, Spans
+from gearshift.locks import release
 from gearshift.plan.ahead import made_ahead
 from gearshift.progress import Advance, bar
 
@@ -73,9 +74,13 @@ def tokenised(reader: Reader, tokenizer: Any, cache: str | Path | None = None) -
     target = cache / hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{target.name}.lock"):
+        lock = FileLock(cache / f"{target.name}.lock")
+        try:
+            lock.acquire()
             if not target.exists():
                 _write(reader, tokenizer, target)
+        finally:
+            release(lock)
     return TokenFile(target, reader.name)
 
 

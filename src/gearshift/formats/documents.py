@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from gearshift.files import write_whole
+
 GENERATION = "generation_config.json"
 
 TOKENIZER_FILES = (
@@ -75,8 +77,8 @@ def in_one_line(text: str) -> str:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object as people and git like to read it."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a JSON object as people and git like to read it, as a whole."""
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def copy_documents(source: Path, out: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from gearshift.files import write_whole
 from gearshift.plan.ahead import made_ahead
 from gearshift.plan.draws import initialise
 from gearshift.plan.expressions import (
@@ -27,7 +28,7 @@ from gearshift.plan.expressions import (
 )
 from gearshift.plan.plan import Plan, difference
 from gearshift.plan.rewrite import bind
-from gearshift.plan.shards import Made, Shard, remove_shards, split, write_index, write_shard, write_whole
+from gearshift.plan.shards import Made, Shard, remove_shards, split, write_index, write_shard
 from gearshift.plan.sources import (
     CheckedSource,
     FileSource,

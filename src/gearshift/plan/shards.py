@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from gearshift.files import write_whole
 from gearshift.plan.expressions import DTYPE_BYTES, Schema, TensorInfo
 from gearshift.plan.sources import Extent, info_of
 
@@ -190,13 +191,6 @@ def write_index(shards: list[Shard], folder: Path, schema: Schema) -> None:
         "weight_map": {name: weight_map[name] for name in schema},
     }
     write_whole(folder / INDEX_FILE, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small text file so that it is never seen half written."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def remove_shards(folder: Path) -> None:

@@ -111,6 +111,8 @@ class RunHistory:
     """All stages of the recipe, those to come included."""
     unknown: Mapping[str, int]
     """Kind of record that this version does not know -> how many there are."""
+    damaged: Sequence[int]
+    """Numbers, from 1, of the lines of its record that cannot be read. Not of a last one that may still be written."""
     finished: bool
     """Whether its model is written."""
     written: datetime
@@ -172,7 +174,9 @@ def read_history(folder: Path | str) -> RunHistory:
         raise ValueError(f"{folder} is a quickstart's folder: its training run is in {folder / 'training'}")
     if not path.is_file() and not (folder / "recipe.json").is_file():
         raise ValueError(f"{folder} holds no training run: it has neither metrics.jsonl nor recipe.json")
-    records, unknown = _records(path)
+    records, unknown, damaged = _records(path)
+    if not records and damaged:
+        raise ValueError(f"{path} cannot be read, from line {damaged[0]} on: it holds no record of a run")
     if not records:
         newer = f", but for {_counted(unknown)} that this version of Gearshift does not know" if unknown else ""
         raise ValueError(f"the run in {folder} has no record yet{newer}: try again after its first step")
@@ -181,7 +185,7 @@ def read_history(folder: Path | str) -> RunHistory:
     finished = (folder / "model").exists()
     written = datetime.fromtimestamp(path.stat().st_mtime)
     stopped = records[-1]["reason"] if records[-1]["event"] == "stopped" else None
-    return RunHistory(folder, recipe, stages, unknown, finished, written, stopped)
+    return RunHistory(folder, recipe, stages, unknown, damaged, finished, written, stopped)
 
 
 def stage_of(name: str, steps: Sequence[Mapping[str, Any]]) -> Stage:
@@ -207,19 +211,22 @@ def _counted(unknown: Mapping[str, int]) -> str:
     return ", ".join(f"{number} of kind {kind!r}" for kind, number in unknown.items())
 
 
-def _records(path: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """The records of kinds that are known here, in order, and the number of those of each other kind."""
+def _records(path: Path) -> tuple[list[dict[str, Any]], dict[str, int], list[int]]:
+    """The records of kinds that are known here, in order; how many of each other kind; which lines are damaged."""
     known: list[dict[str, Any]] = []
     unknown: Counter[str] = Counter()
+    damaged: list[int] = []
     if path.exists():
         with path.open(encoding="utf-8", errors="replace") as lines:
-            for record in filter(None, map(parse_record, lines)):
-                event = str(record.get("event", "none"))
-                if event in KNOWN:
+            for number, line in enumerate(lines, start=1):
+                record = parse_record(line)
+                if record is None:
+                    damaged += [number] if line.endswith("\n") else []
+                elif (event := str(record.get("event", "none"))) in KNOWN:
                     known.append(record)
                 else:
                     unknown[event] += 1
-    return known, dict(unknown)
+    return known, dict(unknown), damaged
 
 
 def _understood(path: Path, read: Callable[[Path], Read]) -> Read:

@@ -1,11 +1,10 @@
 """The page: one HTML file that needs nothing else, and the same numbers as JSON beside it."""
 
-import os
-import tempfile
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from gearshift.files import write_whole
 from gearshift.report import gears, learning, record
 from gearshift.report.data import Report
 from gearshift.report.html import Child, Html, markup, tag
@@ -62,19 +61,6 @@ def write(report: Report, folder: Path | str) -> Path:
     folder = Path(folder)
     page = render(report)
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "report.json", report.model_dump_json(indent=2) + "\n")
-    replace_file(folder / "report.html", page)
+    write_whole(folder / "report.json", report.model_dump_json(indent=2) + "\n")
+    write_whole(folder / "report.html", page)
     return folder / "report.html"
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file as a whole: a reader sees the old one or the new one, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

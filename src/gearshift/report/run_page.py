@@ -6,12 +6,13 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from gearshift.files import write_whole
 from gearshift.report.curves import Points, run_curve
 from gearshift.report.history import Rows, RunHistory, StageHistory
 from gearshift.report.html import Child, Html, tag
 from gearshift.report.learning import losses_section
 from gearshift.report.numbers import count, duration, number, percent
-from gearshift.report.page import document, replace_file
+from gearshift.report.page import document
 from gearshift.report.palette import Palette
 from gearshift.report.parts import Section, folded, plural, table, wide
 from gearshift.report.record import setting_tree
@@ -25,7 +26,7 @@ def write_run(history: RunHistory, path: Path) -> None:
     """Write the page of a run. A reader sees the old page or the new one, never a part."""
     page = render_run(history)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, page)
+    write_whole(path, page)
 
 
 def render_run(history: RunHistory) -> str:
@@ -73,12 +74,18 @@ def status(history: RunHistory) -> str:
     )
 
 
-def left_out(history: RunHistory) -> str | None:
-    """What the record holds that this version cannot show, in a sentence."""
-    if not history.unknown:
-        return None
-    kinds = ", ".join(f"{kind} ({number:,})" for kind, number in history.unknown.items())
-    return f"Left out: records of kinds that this version of Gearshift does not know, {kinds}. A newer one shows them."
+def left_out(history: RunHistory) -> list[str]:
+    """What is in the record and not shown, a sentence each."""
+    sentences = []
+    if history.unknown:
+        kinds = ", ".join(f"{kind} ({number:,})" for kind, number in history.unknown.items())
+        sentences.append(
+            f"Left out: records of kinds that this version of Gearshift does not know, {kinds}. A newer one shows them."
+        )
+    if history.damaged:
+        lines, first = plural(len(history.damaged), "line"), history.damaged[0]
+        sentences.append(f"Left out: {lines} of metrics.jsonl that cannot be read (the first: line {first}).")
+    return sentences
 
 
 def _title(history: RunHistory) -> str:
@@ -93,14 +100,13 @@ def _top(history: RunHistory, palette: Palette) -> Html:
         f"{count(tokens)} tokens in {duration(seconds)}",
         f"seed {history.recipe['seed']}" if "seed" in history.recipe else "",
     ]
-    remark = left_out(history)
     rows = [[tag("b", name), *rest] for name, *rest in map(stage_row, history.stages)]
     body: list[Child] = [
         tag("p", "Gearshift", class_="brand"),
         tag("h1", _title(history)),
         tag("p", " · ".join(filter(None, about)), class_="about"),
         tag("p", status(history), class_="lead"),
-        tag("p", tag("b", remark), class_="remark") if remark else None,
+        *(tag("p", tag("b", remark), class_="remark") for remark in left_out(history)),
         table(HEADS, rows, numeric=(1, 2, 3, 4)),
         legend(history.mixers, palette),
     ]

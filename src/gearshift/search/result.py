@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gearshift.files import write_whole
 from gearshift.search.budget import Budget
 from gearshift.spec import Placement
 
@@ -122,14 +123,8 @@ def write_result(result: SearchResult, folder: str | Path, overwrite: bool = Fal
     files["search"] = result.to_json_dict()
     paths = []
     for name, content in files.items():
-        path = folder / f"{name}.json"
-        partial = path.with_suffix(".json.partial")
-        try:
-            partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        paths.append(path)
+        paths.append(folder / f"{name}.json")
+        write_whole(paths[-1], json.dumps(content, indent=2, allow_nan=False) + "\n")
     return paths
 
 

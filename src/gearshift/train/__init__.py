@@ -10,6 +10,7 @@ from gearshift.train.metrics import (
     Record,
     StageEndRecord,
     StepRecord,
+    step_lines,
     step_progress,
 )
 from gearshift.train.recipe import (
@@ -64,6 +65,7 @@ __all__ = [
     "distil",
     "load_recipe",
     "read_records",
+    "step_lines",
     "step_progress",
     "train",
 ]

@@ -2,11 +2,15 @@
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
+from rich.console import Console
+
+from gearshift.files import write_whole
 from gearshift.progress import Bar
 from gearshift.records import parse_record
 from gearshift.spec import Placement
@@ -125,9 +129,40 @@ def step_progress(advance: Bar, stages: int) -> Callable[[Record], None]:
             steps, done = record.global_step + 1 - done, record.global_step + 1
             if record.loss is not None:
                 loss = f", loss {record.loss:.4g}"
-        advance(steps, f"stage {record.stage + 1}/{stages} {record.type}{loss}")
+        advance(steps, f"{_stage(record, stages)}{loss}")
 
     return watch
+
+
+PAUSE = 30.0
+"""Seconds between the lines of `step_lines`."""
+
+
+def step_lines(console: Console, stages: int) -> Callable[[Record], None]:
+    """For `on_record` where no bar can be seen: a line for the first record of each stage, and now and then for a step.
+
+    It has the step, the stage (of `stages`), the loss, and the speed since the line before.
+    """
+    stage, said, tokens, seconds = -1, 0.0, 0, 0.0
+
+    def watch(record: Record) -> None:
+        nonlocal stage, said, tokens, seconds
+        line = _stage(record, stages)
+        if isinstance(record, StepRecord):
+            tokens, seconds = tokens + record.tokens, seconds + record.seconds
+            loss = "" if record.loss is None else f", loss {record.loss:.4g}"
+            step = f"step {record.global_step + 1:,}/{record.total_steps:,}"
+            line = f"{step}, {line}{loss}, {tokens / seconds:,.0f} tokens/s"
+        due = isinstance(record, StepRecord) and time.monotonic() - said >= PAUSE
+        if due or record.stage != stage:
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+            stage, said, tokens, seconds = record.stage, time.monotonic(), 0, 0.0
+
+    return watch
+
+
+def _stage(record: Record, stages: int) -> str:
+    return f"stage {record.stage + 1}/{stages} {record.type}"
 
 
 class Callback:
@@ -147,9 +182,7 @@ class JsonLines(Callback):
         """Keep the records from before (stage, step) and drop the rest, so that no step appears twice."""
         self.path = path
         kept = _lines_before(path, stage, step) if path.exists() else []
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(kept), encoding="utf-8")
-        fresh.replace(path)
+        write_whole(path, "".join(kept))
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def on_record(self, record: Record) -> None:

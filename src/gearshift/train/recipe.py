@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from gearshift.data import Boundaries, ChatSource, DataSource
 from gearshift.settings import load_settings
@@ -76,6 +77,8 @@ class StageSettings(Spec):
     reads_chats: ClassVar[bool] = False
     """Whether the stage learns from chats, not from text."""
 
+    type: str
+    """The kind of stage."""
     steps: int = Field(ge=0)
     """Optimiser steps."""
     learning_rate: Rate
@@ -181,7 +184,7 @@ class SftStage(SampledStage):
 
     @property
     def held_out_placements(self) -> tuple[str, ...]:
-        return tuple(self.sampling.probabilities) if isinstance(self.sampling, PresetSampling) else ()
+        return self.sampling.named if isinstance(self.sampling, PresetSampling) else ()
 
 
 Stage = Annotated[LayerwiseStage | StochasticStage | SftStage, Field(discriminator="type")]
@@ -244,6 +247,16 @@ class DistillationSettings(Spec):
     channels that allows it."""
     loss_chunk: int | None = Field(default=None, ge=1)
     """Positions whose logits are in memory at once; 256 on a CPU and 2048 elsewhere if left out."""
+
+    @field_validator("attn_implementation")
+    @classmethod
+    def _known_function(cls, value: str | None) -> str | None:
+        known = ALL_MASK_ATTENTION_FUNCTIONS.valid_keys()
+        if value is None or value in known or "/" in value:
+            return value
+        raise ValueError(
+            f"there is no attention function {value!r}: choose {', '.join(known)}, or a kernel of the hub by its name"
+        )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,6 +1,5 @@
 """A training run: from a recipe to a folder with a trained model, through interruptions."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import AutoTokenizer
 from gearshift.data import Corpus, TokenSequences, open_chats, open_corpus, read_text
 from gearshift.formats import FORMATS, HUB_NAME, NativeConfig, hub_folder
 from gearshift.formats.documents import read_json, write_json
+from gearshift.locks import release
 from gearshift.model import GearshiftConfig, GearshiftForCausalLM
 from gearshift.settings import read_again
 from gearshift.train.checkpoint import Checkpoints, replacing
@@ -77,9 +77,7 @@ def train(
         with process_group():
             return _train(recipe, progress, callbacks, lock)
     finally:
-        if lock.is_locked:
-            Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        release(lock)
 
 
 def _train(
@@ -277,9 +275,7 @@ def _claim(recipe: Recipe, output: Path, text: str, lock: FileLock) -> bool:
     path = output / "recipe.json"
     if not path.exists():
         output.mkdir(parents=True, exist_ok=True)
-        fresh = output / ".recipe.json.tmp"
-        fresh.write_text(json.dumps({"recipe": recipe.model_dump(mode="json"), "text": text}, indent=2))
-        fresh.replace(path)
+        write_json(path, {"recipe": recipe.model_dump(mode="json"), "text": text})
     elif read_json(path)["text"] != text:
         raise ValueError(f"the text has changed since the run in {output} began: choose another output folder")
     try:

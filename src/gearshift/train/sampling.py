@@ -4,7 +4,7 @@ Each strategy is a part of the recipe. They draw from Philox (Salmon et al. 2011
 1, 2, 3") by its raw output, which numpy keeps the same across its versions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -52,8 +52,17 @@ class SamplingStrategy(Spec):
     type: str
     """The strategy."""
 
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The placements that the settings name."""
+        return ()
+
     def check(self, choices: Choices, presets: Presets) -> None:
         """ValueError if the settings do not fit a model with these choices and presets."""
+
+    def possible(self, choices: Choices, presets: Presets) -> list[set[str]]:
+        """For every layer, the mixers that may be drawn."""
+        return [set(offered) for offered in choices]
 
     def draw(self, choices: Choices, presets: Presets, stream: Stream) -> Placement:
         """The next placement of `stream`."""
@@ -98,6 +107,9 @@ class WeightedSampling(SamplingStrategy):
                 raise ValueError(
                     f"the sampling weights leave layer {layer} nothing to draw: it offers {', '.join(offered)}"
                 )
+
+    def possible(self, choices: Choices, presets: Presets) -> list[set[str]]:
+        return [{name for name in offered if len(offered) == 1 or self.weights.get(name)} for offered in choices]
 
     def draw(self, choices: Choices, presets: Presets, stream: Stream) -> Placement:
         return Placement(self._choose(offered, stream) for offered in choices)
@@ -155,10 +167,19 @@ class PresetSampling(SamplingStrategy):
             raise ValueError(f"the probabilities of the presets sum to {sum(probabilities.values()):g}, more than 1")
         return probabilities
 
+    @property
+    def named(self) -> tuple[str, ...]:
+        return tuple(self.probabilities)
+
     def check(self, choices: Choices, presets: Presets) -> None:
         for name in self.probabilities:
             resolve_placement(name, presets, choices)
         self.otherwise.check(choices, presets)
+
+    def possible(self, choices: Choices, presets: Presets) -> list[set[str]]:
+        named = [resolve_placement(name, presets, choices) for name, share in self.probabilities.items() if share]
+        rest = [self.otherwise.possible(choices, presets)] if sum(self.probabilities.values()) < 1 else []
+        return _joined(*rest, *([{name} for name in placement] for placement in named))
 
     def draw(self, choices: Choices, presets: Presets, stream: Stream) -> Placement:
         shares = list(self.probabilities.values())
@@ -188,19 +209,31 @@ class SandwichSampling(SamplingStrategy):
     largest: str | None = None
     """What ends a turn, named as `cheapest` is. Null: nothing; main is the teacher by default, and learns nothing."""
 
+    @property
+    def named(self) -> tuple[str, ...]:
+        return (*self._end_names(), *self.between.named)
+
     def check(self, choices: Choices, presets: Presets) -> None:
-        for name in (self.cheapest, self.largest):
-            if name is not None:
-                resolve_placement(name, presets, choices)
+        self._ends(choices, presets)
         self.between.check(choices, presets)
+
+    def possible(self, choices: Choices, presets: Presets) -> list[set[str]]:
+        ends = ([{name} for name in placement] for placement in self._ends(choices, presets))
+        return _joined(self.between.possible(choices, presets), *ends)
 
     def sample(self, choices: Choices, presets: Presets, seed: int, step: int) -> Placement:
         self.check(choices, presets)
-        ends = [name for name in (self.cheapest, self.largest) if name is not None]
+        ends = self._ends(choices, presets)
         place = step % (self.random + len(ends))
         if 1 <= place <= self.random:
             return self.between.sample(choices, presets, seed, step)
-        return resolve_placement(ends[0 if place == 0 else 1], presets, choices)
+        return ends[0 if place == 0 else 1]
+
+    def _ends(self, choices: Choices, presets: Presets) -> list[Placement]:
+        return [resolve_placement(name, presets, choices) for name in self._end_names()]
+
+    def _end_names(self) -> list[str]:
+        return [name for name in (self.cheapest, self.largest) if name is not None]
 
 
 Sampling = Annotated[
@@ -208,6 +241,11 @@ Sampling = Annotated[
     Field(discriminator="type"),
 ]
 """Any of the strategies, told apart by `type`."""
+
+
+def _joined(*ways: Iterable[set[str]]) -> list[set[str]]:
+    """For every layer, the mixers that any of the ways has there."""
+    return [set().union(*names) for names in zip(*ways, strict=True)]
 
 
 def normalised(weights: Mapping[str, float], what: str) -> dict[str, float]:

@@ -54,6 +54,11 @@ class StochasticRun(StageRun):
         self.noisy = is_noisy(model)
         self.layer_graphs = engine.layer_graphs
         stage.sampling.check(self.choices, self.presets)
+        if stage.steps and not self._can_learn:
+            raise ValueError(
+                f"the {stage.type} stage has nothing to do: under none of the placements that it samples does anything"
+                " learn; let it sample other mixers than the main ones"
+            )
         self._layers: GraphedLayers | None = None
         self._teach: Callable[[Batch], Taught] = self._taught
         if self.graphs:
@@ -98,6 +103,13 @@ class StochasticRun(StageRun):
         mixers = (block.mixer_named(name) for block, name in zip(self.model.model.blocks, placement, strict=True))
         own = any(parameter.requires_grad for mixer in mixers for parameter in mixer.parameters())
         return own or self._shared_learn
+
+    @property
+    def _can_learn(self) -> bool:
+        """Whether any parameter learns that runs under a placement of the stage's sampling."""
+        drawn = self.stage.sampling.possible(self.choices, self.presets)
+        learning = (block.learning for block in self.model.model.blocks)
+        return self._shared_learn or any(names & own.keys() for names, own in zip(drawn, learning, strict=True))
 
     @cached_property
     def _shared_learn(self) -> bool:

@@ -97,13 +97,14 @@ def rehearse(
         with tracker.labelled("parameters"):
             model = _build(spec)
             reference = None if teacher is None else _build(teacher).requires_grad_(False)
-        distiller = Distiller(model, _blank(settings), settings, reference)
+        blank = _blank(settings)
+        distiller = Distiller(model, blank, settings, reference, chats=blank)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in distiller.scales)
         layers = _probe(distiller, tracker)
         placement = choose and choose(layers)
         if placement is not None:
-            distiller = Distiller(model, _blank(settings), _two_steps(settings, placement), reference)
+            distiller = Distiller(model, blank, _two_steps(settings, placement), reference, chats=blank)
         with _loss_apart(tracker):
             return Rehearsal(*_run(distiller, tracker), layers, placement)
 
@@ -201,7 +202,10 @@ def _build(spec: ModelSpec) -> GearshiftForCausalLM:
 
 @dataclass(frozen=True)
 class _Blank:
-    """Text without letters, made beforehand: a run draws in a thread of its own, where nothing may be computed."""
+    """Text without letters, made beforehand: a run draws in a thread of its own, where nothing may be computed.
+
+    As chats, the assistant says all of it.
+    """
 
     batches: Mapping[int, Batch]
     """By their number of sequences."""

@@ -15,10 +15,12 @@ from gearshift.formats.spec_file import read_native
 from gearshift.model.schema import skeleton
 from gearshift.spec import ModelSpec, Placement
 from gearshift.spec.model import shortest_pattern
+from gearshift.spec.placement import NAME
 from gearshift.train.estimate.rehearsal import LayerCosts, Rehearsal, rehearse
 from gearshift.train.optim import learning_rate_scales
 from gearshift.train.parallel.processes import mesh_sizes
-from gearshift.train.recipe import LayerwiseStage, ParallelSettings, Recipe
+from gearshift.train.recipe import LayerwiseStage, ParallelSettings, Recipe, Stage
+from gearshift.train.sampling import AllocationSampling
 
 PARTS = ("parameters", "gradients", "optimiser", "activations", "logits")
 """What memory goes to."""
@@ -39,6 +41,8 @@ class StageEstimate:
     """Tokens a step, on all devices."""
     operations: int
     """Floating-point operations a step, on all devices."""
+    unknown: tuple[str, ...] = ()
+    """Presets that the stage samples and the model does not have: at each step another placement stood in for them."""
 
     @property
     def total(self) -> int:
@@ -150,7 +154,8 @@ def _estimate_stage(
     if isinstance(stage, LayerwiseStage):
         found = whole.layerwise(rehearse(small, reference, alone, cuda))
     else:
-        drawn = _drawn(native, recipe, index)
+        every = _drawn(native, recipe, index)
+        drawn = [one for one in every if whole.learns(one)] or every  # the others are skipped by the run
         made = rehearse(
             small, reference, alone, cuda, lambda costs: whole.sample_of(whole.heaviest(drawn, costs), costs)
         )
@@ -160,7 +165,8 @@ def _estimate_stage(
         rows = size // ranks.data // parts
         stream = 4 * rows * recipe.sequence_length * spec.hidden_size * (2 * spec.decoder.num_layers + 2)
         found_parts = shared_out(found_parts, whole.units(), stream, ranks)
-    return StageEstimate(stage.type, found_parts, size * recipe.sequence_length, operations * ranks.data)
+    tokens = size * recipe.sequence_length
+    return StageEstimate(stage.type, found_parts, tokens, operations * ranks.data, _unknown(native, stage))
 
 
 def _rehearsed(spec: ModelSpec, recipe: Recipe, index: int) -> list[int]:
@@ -185,12 +191,26 @@ def _cut(spec: ModelSpec, layers: Sequence[int]) -> ModelSpec:
 
 
 def _drawn(native: NativeConfig, recipe: Recipe, index: int) -> list[Placement]:
-    """The placements of the stage's steps, as the run will draw them."""
+    """The placements of the stage's steps, as the run will draw them.
+
+    A preset that the model does not have yet may be any placement: it is drawn anew at each step.
+    """
     stage, before = recipe.stages[index], sum(stage.steps for stage in recipe.stages[:index])
     assert not isinstance(stage, LayerwiseStage)
     steps = range(before, before + max(1, min(stage.steps, MOST_DRAWN)))
-    choices, presets = native.spec.choices, native.presets
-    return [stage.sampling.sample(choices, presets, recipe.seed, step) for step in steps]
+    choices, unknown, drawn = native.spec.choices, _unknown(native, stage), []
+    for step in steps:
+        anything = AllocationSampling().sample(choices, {}, recipe.seed, step)
+        presets = {**native.presets, **dict.fromkeys(unknown, anything)}
+        drawn.append(stage.sampling.sample(choices, presets, recipe.seed, step))
+    return drawn
+
+
+def _unknown(native: NativeConfig, stage: Stage) -> tuple[str, ...]:
+    """The presets that a stage samples by name and the model does not have."""
+    known = {*native.presets, *(mixer for offered in native.spec.choices for mixer in offered)}
+    named = dict.fromkeys(stage.sampling.named)
+    return tuple(name for name in named if NAME.fullmatch(name) and name not in known)
 
 
 class _Whole:
@@ -210,6 +230,7 @@ class _Whole:
         )
         self.sizes = _sizes(spec)
         self.learning = {name: self.sizes[name] for name in scales}
+        self.learners = {_mixer(name) for name in self.learning}
         self.parameters = sum(self.sizes.values()) + (0 if teacher is None else sum(_sizes(teacher).values()))
 
     def layerwise(self, made: Rehearsal) -> tuple[dict[str, int], int]:
@@ -264,15 +285,23 @@ class _Whole:
         takes = {place: cost.most for place, cost in costs.items()}
         return max(drawn, key=lambda one: (self.kept(costs, one), sum(takes[place] for place in self.places(one))))
 
+    def learns(self, placement: Iterable[str], layers: Sequence[int] | None = None) -> bool:
+        """Whether anything that runs under `placement` does, in these layers or all."""
+        every = self.spec.decoder.weight_keys
+        keys = every if layers is None else [every[layer] for layer in layers]
+        return None in self.learners or not self.learners.isdisjoint(zip(keys, placement, strict=True))
+
     def sample_of(self, placement: Placement, costs: LayerCosts) -> Placement:
-        """For each rehearsed layer, the heaviest mixer that its block runs under `placement`."""
+        """For each rehearsed layer, the heaviest mixer that its block runs under `placement`; one learns at least."""
         if len(self.layers) == len(placement):
             return placement
         runs: dict[str, set[str]] = {}
         for block, name in self.places(placement):
             runs.setdefault(block, set()).add(name)
         blocks = [self.spec.decoder.layout[layer] for layer in self.layers]
-        return Placement(max(sorted(runs[block]), key=lambda name: costs[block, name]) for block in blocks)
+        sample = Placement(max(sorted(runs[block]), key=lambda name: costs[block, name]) for block in blocks)
+        others = (sample.replace(place, name) for place, block in enumerate(blocks) for name in sorted(runs[block]))
+        return next((one for one in (sample, *others) if self.learns(one, self.layers)), sample)
 
     def units(self) -> Units:
         """FSDP's units: each mixer, each block's rest, and what stands outside the blocks."""

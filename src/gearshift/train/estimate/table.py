@@ -7,7 +7,7 @@ import torch
 from rich.table import Table
 
 from gearshift.train.estimate.stages import PARTS, StageEstimate, estimate
-from gearshift.train.recipe import Recipe, StageSettings, StochasticStage
+from gearshift.train.recipe import Recipe, SampledStage, StageSettings
 
 
 def table(stages: Sequence[StageEstimate], memory: int | None) -> Table:
@@ -36,6 +36,16 @@ def device_memory(recipe: Recipe, gpus: int | None) -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def remarks(stages: Sequence[StageEstimate]) -> list[str]:
+    """A sentence for each stage that samples presets which the model does not have."""
+    return [
+        f"stage {index} ({stage.type}): the model has no preset {' or '.join(stage.unknown)}; any placement stands in"
+        " for one here, but a run needs them in the model (gearshift search --save-presets)"
+        for index, stage in enumerate(stages)
+        if stage.unknown
+    ]
+
+
 def advice(recipe: Recipe, stages: Sequence[StageEstimate], memory: int, gpus: int | None) -> list[str]:
     """For each stage that takes more than `memory` bytes a sentence: which setting makes it fit, if one does."""
     found = []
@@ -61,7 +71,7 @@ def _smaller(recipe: Recipe, index: int, gpus: int) -> Iterator[tuple[Recipe, st
     name, said = f"stages.{index}", ""
     size = recipe.batch_size_of(index)
     alone = {"stages": (stage.model_copy(update={"batch_size": size}),)}
-    if isinstance(stage, StochasticStage) and not stage.recompute:
+    if isinstance(stage, SampledStage) and not stage.recompute:
         stage = stage.model_copy(update={"recompute": True, "batch_size": size})
         alone, said = {"stages": (stage,)}, f"{name}.recompute=true"
         yield recipe.model_copy(update=alone), said
