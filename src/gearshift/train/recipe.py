@@ -243,8 +243,8 @@ class DistillationSettings(Spec):
     Null: on CUDA, unless `parallel` splits tensors."""
     cuda_graphs: bool | None = None
     """Whether to record what is the same at every step as CUDA graphs: a layerwise step, the teacher's forward, and
-    each mixer of each layer of a student, which takes memory. Null: on one CUDA device, for a model of less than 2,048
-    channels that allows it."""
+    each mixer of each layer of a student, which takes memory. Null: on CUDA, for a model that allows it and is not in
+    shards; a student's layers only below 2,048 channels."""
     loss_chunk: int | None = Field(default=None, ge=1)
     """Positions whose logits are in memory at once; 256 on a CPU and 2048 elsewhere if left out."""
 
