@@ -114,10 +114,12 @@ def test_state_hands_over_from_prefill_to_decoding_and_back(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("channels", [1, 64], ids=["gdn", "kda"])
+@pytest.mark.parametrize(
+    ("channels", "recompute"), [(1, True), (64, True), (64, False)], ids=["gdn", "kda", "kda that keeps all"]
+)
 @pytest.mark.parametrize("rate", [-2.0, 3.0], ids=["slow", "strong"])
 @pytest.mark.parametrize("tokens", [33, 200])
-def test_core(channels: int, rate: float, tokens: int) -> None:
+def test_core(channels: int, recompute: bool, rate: float, tokens: int) -> None:
     """Rates of exp(3) = 20 a token forget everything at once and must give no infinities."""
     shapes = dict.fromkeys(("query", "key", "value"), (1, tokens, 3, 64))
     shapes |= {"raw": (1, tokens, 3, channels), "beta": (1, tokens, 3), "dt_bias": (3 * channels,)}
@@ -127,7 +129,8 @@ def test_core(channels: int, rate: float, tokens: int) -> None:
     there = {name: pair[1] for name, pair in both.items()} | {"a_log": a_log.clone().requires_grad_()}
 
     inputs = (here["query"], here["key"], here["value"], here["raw"].squeeze(-1), here["beta"])
-    actual = fused_delta_rule(*inputs, here["a_log"], here["dt_bias"], context(tokens), None).cpu()
+    about = context(tokens, recompute=recompute)
+    actual = fused_delta_rule(*inputs, here["a_log"], here["dt_bias"], about, None).cpu()
     decay = log_decay(there["raw"], there["a_log"], there["dt_bias"])
     expected, _ = recurrent_delta_rule(there["query"], there["key"], there["value"], decay, there["beta"].sigmoid())
 

@@ -9,8 +9,9 @@ from torch.distributed.tensor import DTensor
 
 from gearshift.data import TokenSequences
 from gearshift.model import GearshiftForCausalLM
-from gearshift.train import DistillationSettings, Distiller
-from gearshift.train.parallel import process_group
+from gearshift.train import DistillationSettings, Distiller, StepRecord
+from gearshift.train.layerwise import LayerwiseRun
+from gearshift.train.parallel import ALONE, Parallel, process_group
 from tests.models import supernet, tokens
 from tests.train.processes import run_processes
 from tests.train.test_parallel import placed
@@ -44,8 +45,12 @@ def sizes_of(model: GearshiftForCausalLM) -> dict[str, int]:
 
 def distilled(model: GearshiftForCausalLM, stage: dict[str, Any], **parallel: Any) -> Distiller:
     """A distillation, in steps of two parts, on all processes."""
+    return in_two_parts(model, stage, placed(model, **parallel))
+
+
+def in_two_parts(model: GearshiftForCausalLM, stage: dict[str, Any], parallel: Parallel = ALONE) -> Distiller:
     settings = DistillationSettings(stages=[stage], batch_size=4, gradient_accumulation=2)
-    return Distiller(model, TokenSequences(tokens(8, 12)), settings, parallel=placed(model, **parallel))
+    return Distiller(model, TokenSequences(tokens(8, 12)), settings, parallel=parallel)
 
 
 def test_only_the_mixers_of_a_placement_are_gathered_and_reduced_once() -> None:
@@ -121,6 +126,30 @@ def _count_of_copies() -> None:
         assert sum(exchanged) == 2 + learnt
         assert max(exchanged) == largest
         assert len(exchanged) > 3
+
+
+def test_copies_exchange_the_joined_gradients_of_each_mixer_at_once() -> None:
+    run_processes(2, _count_of_joined, _joined_curve())
+
+
+def _count_of_joined(expected: list[tuple[float, float]]) -> None:
+    with process_group():
+        exchanged = counted("all_reduce")
+        curve = _joined_curve({"data": "ddp"})
+    block = supernet(layers=2).model.blocks[0]
+    sizes = 2 * [sum(p.numel() for p in block.mixer_named(name).parameters()) for name in ("window", "gdn", "kda")]
+    assert exchanged == 3 * [len(sizes), *sizes]  # the errors, then the gradients
+    assert torch.allclose(torch.tensor(curve), torch.tensor(expected), rtol=1e-5)
+
+
+def _joined_curve(parallel: dict[str, Any] | None = None) -> list[tuple[float, float]]:
+    """The loss and the norm of the gradients of each step, gradients joined as CUDA graphs need them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerwiseRun, "joins_gradients", True)
+        model = supernet(layers=2)
+        stage = {"type": "layerwise", "steps": 3, "calibration": "none"}
+        steps = (distilled(model, stage, **parallel) if parallel else in_two_parts(model, stage)).run()
+        return [(step.loss, step.gradient_norm) for step in steps if isinstance(step, StepRecord)]
 
 
 @pytest.mark.parametrize("stage", ["layerwise", "stochastic"])

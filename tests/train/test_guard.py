@@ -17,7 +17,10 @@ from gearshift.train import (
     TrainingDivergedError,
 )
 from gearshift.train.guard import first_bad_tensor, guarded_step
+from gearshift.train.parallel import process_group
 from tests.models import supernet, tokens
+from tests.train.processes import run_processes
+from tests.train.test_parallel import placed
 
 STAGES = {
     "layerwise": LayerwiseStage(steps=9, calibration="none"),
@@ -92,6 +95,24 @@ def test_a_gradient_alone_can_be_bad() -> None:
     assert steps == 0
     assert "the norm of the gradients became" in told
     assert "the gradient of model.layers.1.mixer.mixers.gdn.o_proj.weight" in told
+
+
+@pytest.mark.parametrize("data", ["fsdp", "ddp"])
+def test_what_one_process_loses_the_others_find_in_its_gradient(data: str) -> None:
+    run_processes(2, _check_one_that_loses, data)
+
+
+def _check_one_that_loses(data: str) -> None:
+    bad = "model.layers.1.mixer.mixers.gdn"
+    with process_group() as first:
+        model = supernet(layers=2)
+        if not first:
+            model.get_submodule(bad).register_forward_hook(lambda module, given, output: output * float("nan"))
+        settings = DistillationSettings(stages=(STAGES["layerwise"],), batch_size=4)
+        run = Distiller(model, TokenSequences(tokens(32, 20)), settings, parallel=placed(model, data=data))
+        with pytest.raises(TrainingDivergedError) as caught:
+            next(run.run())
+    assert f"The first bad tensor: the {'gradient' if first else 'output'} of {bad}" in str(caught.value)
 
 
 def test_a_bad_teacher_is_named() -> None:

@@ -89,11 +89,8 @@ def test_many_processes_learn_what_one_does(run, alone, tmp_path, name) -> None:
 
 def test_a_separate_teacher_and_shared_blocks(source, tmp_path) -> None:
     """All outside the main mixers learns: norms and embeddings, which no unit shards, too."""
-    spec = supernet_spec(layers=3).model_dump()
-    spec["decoder"]["blocks"]["block"]["shared_weights"] = True
-    torch.manual_seed(0)
     shutil.copytree(source / "model", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    GearshiftForCausalLM(GearshiftConfig(ModelSpec.model_validate(spec))).save_pretrained(tmp_path / "model")
+    sharing().save_pretrained(tmp_path / "model")
     taught = {"model": str(tmp_path / "model"), "teacher": str(tmp_path / "model"), "stages": RECOMPUTED}
     # What the main mixers learn from themselves is rounding.
     taught |= {"learning_rate_scales": {"*": 0.5}, "freeze": ("*.mixers.attention.*",)}
@@ -146,6 +143,58 @@ def test_a_checkpoint_loads_and_exports_on_another_number_of_processes(source, r
     assert not torch.equal(then, start)
     assert not torch.equal(then, end)
     assert torch.equal(now, end)
+
+
+def test_copies_and_shards_go_on_from_each_other(tmp_path) -> None:
+    """With blocks that share weights, all outside the main mixers learning from a separate teacher, and averages."""
+    run_processes(2, _check_handing_on, tmp_path, _handed_on())
+
+
+def _check_handing_on(folder: Path, expected: tuple[list[float], dict[str, torch.Tensor]]) -> None:
+    with process_group():
+        for first, then in (("ddp", "fsdp"), ("fsdp", "ddp")):
+            losses, weights = _handed_on(Checkpoints(folder / first), first, then)
+            assert losses == pytest.approx(expected[0], rel=1e-3)
+            for name, weight in weights.items():
+                assert torch.allclose(weight, expected[1][name], atol=1e-4), name
+
+
+def _handed_on(
+    checkpoints: Checkpoints | None = None, *arrangements: str
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses and the weights of a run that `arrangements` share, the next one going on after two steps."""
+    settings = DistillationSettings(
+        stages=[{"type": "layerwise", "steps": 1}, {"type": "stochastic", "steps": 3}],
+        batch_size=4,
+        ema=0.9,
+        learning_rate_scales={"*": 0.5},
+        freeze=("*.mixers.attention.*",),
+    )
+    losses: list[float] = []
+    for data in arrangements or (None,):
+        model, teacher = sharing(), sharing().requires_grad_(False)
+        parallel = ALONE if data is None else placed(model, data=data)
+        if data is not None:
+            parallel.place(teacher, CPU, half=False)
+        distiller = Distiller(model, TokenSequences(tokens(8, 12)), settings, teacher, parallel=parallel)
+        if losses:
+            assert checkpoints is not None
+            assert checkpoints.restore(distiller)
+        for record in distiller.run():
+            if isinstance(record, StepRecord):
+                losses.append(record.loss)
+                if checkpoints is not None and len(losses) == 2:
+                    checkpoints.save(distiller)
+                    break
+    return losses, {name: parallel.whole(weight) for name, weight in model.state_dict().items()}
+
+
+def sharing() -> GearshiftForCausalLM:
+    """A supernet of three layers with the same weights in all of them."""
+    spec = supernet_spec(layers=3).model_dump()
+    spec["decoder"]["blocks"]["block"]["shared_weights"] = True
+    torch.manual_seed(0)
+    return GearshiftForCausalLM(GearshiftConfig(ModelSpec.model_validate(spec)))
 
 
 def _queries(folder: Path, mixer: str) -> torch.Tensor:

@@ -351,6 +351,19 @@ def test_a_stage_that_joins_its_gradients_leaves_none_behind(monkeypatch: pytest
     torch.testing.assert_close(ends[0][0], ends[1][0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("stage", "recompute"),
+    [(LayerwiseStage(steps=1, calibration="none"), False), (StochasticStage(steps=1, sampling=only("kda,kda")), True)],
+    ids=["layerwise", "stochastic"],
+)
+def test_kernels_compute_again_where_all_layers_wait_for_their_backward_pass(stage, recompute: bool) -> None:
+    model, seen = supernet(layers=2), []
+    mixer = model.model.blocks[1].mixer_named("kda")
+    mixer.register_forward_hook(lambda module, given, output: seen.append(given[1].recompute))
+    train(model, stage)
+    assert seen == [recompute]
+
+
 def test_a_separate_teacher_drops_nothing() -> None:
     """However it comes: a model that was just made is in training mode."""
     dropping = {"attention": {**ATTENTION, "dropout": 0.5}}

@@ -237,6 +237,7 @@ class Distiller:
         def learn_again() -> None:
             with self._seeded(step):
                 self._average(batch, parts, lambda part, share: plain.learn(part, step, share))
+            self.parallel.finish(plain.gradients())  # what another process's slice has lost shows here too
 
         raise self._diverged(f"the {what} became {value}", learn_again, plain.describe_step(step).get("placement"))
 

@@ -1,6 +1,7 @@
 """Training on many processes: how a model lies on them, and what they have to tell each other.
 
-The engine is PyTorch's. Every mixer and every MLP is a unit of FSDP2 of its own, so that a step gathers the mixers that
+Copies of a model compute as one alone does, and average their gradients (`copies`). For shards and slices (`processes`)
+the engine is PyTorch's. Every mixer and every MLP is a unit of FSDP2 of its own, so that a step gathers the mixers that
 it runs and no others. Within a unit, DTensor splits the parameters as its module's `sharding` table says. Embeddings,
 norms outside the mixers and the head lie on every process whole.
 

@@ -22,13 +22,13 @@ class Copies(Group):
                 self._average_in_place(bucket)
 
     def _average_in_place(self, bucket: Sequence[Tensor]) -> None:
-        if len(bucket) == 1 and bucket[0].is_contiguous():
-            dist.all_reduce(bucket[0])
-            bucket[0].div_(self.size)
-            return
-        whole = self.average(torch.cat([tensor.flatten() for tensor in bucket]))
-        parts = whole.split([tensor.numel() for tensor in bucket])
-        torch._foreach_copy_(list(bucket), [part.view_as(t) for part, t in zip(parts, bucket, strict=True)])
+        alone = len(bucket) == 1 and bucket[0].is_contiguous()
+        whole = bucket[0] if alone else torch.cat([tensor.flatten() for tensor in bucket])
+        dist.all_reduce(whole)
+        whole.div_(self.size)
+        if not alone:
+            parts = whole.split([tensor.numel() for tensor in bucket])
+            torch._foreach_copy_(list(bucket), [part.view_as(t) for part, t in zip(parts, bucket, strict=True)])
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
