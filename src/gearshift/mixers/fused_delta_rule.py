@@ -97,7 +97,7 @@ def _footprint_per_channel(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Ten
         outputs=(torch.empty_like(v), None),
         keeps=(v, g, beta, rest["A_log"], rest["dt_bias"]),
         kept=_whole(q, size * (shared + 2 * scores) + 4 * (2 * q.shape[2] + heads) + keeps_all * (made + queries)),
-        forward=_whole(q, (not keeps_all) * made + scores),
+        forward=_whole(q, (not keeps_all) * made + scores),  # scores of a quarter of a chunk, in float32
         # Beyond those: three gradients of values, the states'; gradients of queries, keys and decays twice; and those
         # of both score matrices.
         backward=_whole(
