@@ -31,7 +31,7 @@ from gearshift.train import (
 )
 from gearshift.train.estimate import Ranks, Units, advice, estimate, remarks, shared_out
 from gearshift.train.estimate import stages as estimates
-from gearshift.train.estimate.table import _smaller
+from gearshift.train.estimate.table import _smaller, gigabytes
 from gearshift.train.estimate.tracker import Tracker
 from tests.models import supernet_spec
 
@@ -320,3 +320,8 @@ def test_an_estimate_is_near_what_a_gpu_takes(name: str, compiled: bool, length:
     torch.cuda.reset_peak_memory_stats()
     assert [first, *records]
     assert estimate(recipe)[0].total == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+
+
+@pytest.mark.parametrize(("size", "said"), [(0, "0.00"), (8_700_000, "0.009"), (4_630_000_000, "4.63")])
+def test_small_sizes_are_not_rounded_to_nothing(size: int, said: str) -> None:
+    assert gigabytes(size) == said

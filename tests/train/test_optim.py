@@ -41,7 +41,7 @@ def test_what_cannot_learn_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'model.embed_tokens.weight' would learn, but the main placement uses it"):
         learning_rate_scales(model, {"*embed*": 1.0}, (), own_teacher=True)
     assert "model.embed_tokens.weight" in learning_rate_scales(model, {"*embed*": 1.0}, (), own_teacher=False)
-    with pytest.raises(ValueError, match=r"the glob '\*.mamba.\*' matches no parameter"):
+    with pytest.raises(ValueError, match=r"the glob '\*.mamba.\*' matches no parameter: .*mixers"):
         learning_rate_scales(model, {}, ("*.mamba.*",), own_teacher=True)
     with pytest.raises(ValueError, match="nothing can learn"):
         learning_rate_scales(model, {}, ("*",), own_teacher=True)

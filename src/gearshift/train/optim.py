@@ -46,7 +46,8 @@ def learning_rate_scales(
     freeze = list(freeze)
     for glob in (*scales, *freeze):
         if not any(fnmatchcase(name, glob) for name in names):
-            raise ValueError(f"the glob {glob!r} matches no parameter: names look like {names[-1]!r}")
+            like = next((name for name in names if ".mixers." in name), names[-1])
+            raise ValueError(f"the glob {glob!r} matches no parameter: names look like {like!r}")
     main, frozen = main_parameters(model), beside_adapters(model)
     learning: dict[str, float] = {}
     for name, parameter in model.named_parameters():

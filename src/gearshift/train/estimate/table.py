@@ -14,15 +14,20 @@ def table(stages: Sequence[StageEstimate], memory: int | None) -> Table:
     """A line a stage: what its fullest moment takes on each device, in GB, against `memory` bytes if they are known."""
     caption = "GB on each device at the fullest moment, in use by tensors; CUDA graphs reserve more"
     made = Table(box=None, caption=caption)
-    of = [] if memory is None else [f"of {memory / 1e9:,.1f}"]
+    of = [] if memory is None else [f"of {gigabytes(memory)}"]
     for name in ("stage", *PARTS, "total", *of, "tokens a step", "TFLOP a step"):
         made.add_column(name, justify="left" if name == "stage" else "right")
     for stage in stages:
-        sizes = [f"{stage.parts.get(part, 0) / 1e9:,.2f}" for part in PARTS]
+        sizes = [gigabytes(stage.parts.get(part, 0)) for part in PARTS]
         share = [] if memory is None else [f"{stage.total / memory:.0%}"]
         work = f"{stage.tokens:,}", f"{stage.operations / 1e12:,.2f}"
-        made.add_row(stage.type, *sizes, f"{stage.total / 1e9:,.2f}", *share, *work)
+        made.add_row(stage.type, *sizes, gigabytes(stage.total), *share, *work)
     return made
+
+
+def gigabytes(size: int) -> str:
+    """`size` bytes in GB: to two places, or to one digit where these would say nothing."""
+    return f"{size / 1e9:,.2f}" if size >= 1e7 or not size else f"{size / 1e9:.1g}"
 
 
 def device_memory(recipe: Recipe, gpus: int | None) -> int | None:
@@ -52,7 +57,7 @@ def advice(recipe: Recipe, stages: Sequence[StageEstimate], memory: int, gpus: i
     for index, stage in enumerate(stages):
         if stage.total <= memory:
             continue
-        problem = f"stage {index} ({stage.type}) needs {stage.total / 1e9:.1f} GB, the device has {memory / 1e9:.1f}"
+        problem = f"stage {index} ({stage.type}) needs {gigabytes(stage.total)} GB, the device has {gigabytes(memory)}"
         found.append(f"{problem}: {_remedy(recipe, index, memory, gpus)}")
     return found
 
@@ -61,7 +66,7 @@ def _remedy(recipe: Recipe, index: int, memory: int, gpus: int | None) -> str:
     for changed, said in _smaller(recipe, index, gpus or 1):
         total = estimate(changed, gpus)[0].total
         if total <= memory:
-            return f"with {said} it takes {total / 1e9:.1f} GB"
+            return f"with {said} it takes {gigabytes(total)} GB"
     return "no setting of the stage makes it fit; use shorter sequences, or more GPUs (--gpus)"
 
 
