@@ -35,6 +35,7 @@ from transformers import AutoTokenizer
 
 from gearshift.data import Corpus, DataSource, load_sequences, open_corpus, python_text, read_text
 from gearshift.data.order import shares
+from gearshift.files import write_whole
 from gearshift.tiny import write_tiny_model
 from gearshift.train import DistillationSettings, Record, StepRecord, distil
 
@@ -257,9 +258,7 @@ def read_runs(path: Path, study: Study) -> list[Run]:
 
 
 def write_runs(path: Path, study: Study, found: Sequence[Run]) -> None:
-    fresh = path.with_name(f".{path.name}.tmp")
-    fresh.write_text(json.dumps({"study": asdict(study), "runs": [asdict(run) for run in found]}, indent=2))
-    fresh.replace(path)
+    write_whole(path, json.dumps({"study": asdict(study), "runs": [asdict(run) for run in found]}, indent=2))
 
 
 def table(found: Sequence[Run]) -> Table:

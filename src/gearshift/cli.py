@@ -132,7 +132,7 @@ def train(
     from contextlib import nullcontext
 
     from gearshift.progress import bar, silent
-    from gearshift.train import TrainingDivergedError, load_recipe, step_lines, step_progress
+    from gearshift.train import TrainingDivergedError, load_recipe, show_steps
     from gearshift.train import train as run_recipe
     from gearshift.train.parallel import process_group
 
@@ -144,10 +144,8 @@ def train(
     with process_group() as first:
         settings = load_recipe(recipe, overrides or [])
         with bar(err, "training", settings.total_steps) if first else nullcontext(silent) as advance:
-            stages = len(settings.stages)
-            watch = step_progress(advance, stages) if err.is_terminal else step_lines(err, stages)
             try:
-                result = run_recipe(settings, watch)
+                result = run_recipe(settings, show_steps(err, advance, len(settings.stages)))
             except TrainingDivergedError as error:
                 if first:
                     err.print(f"gearshift: {error}", soft_wrap=True, highlight=False, markup=False)

@@ -31,7 +31,7 @@ from gearshift.settings import load_settings, read_again
 from gearshift.spec import Spec
 from gearshift.surgery import load_surgery
 from gearshift.tiny import TINY, write_tiny_model
-from gearshift.train import DistillationSettings, Recipe, step_lines, step_progress, train
+from gearshift.train import DistillationSettings, Recipe, show_steps, train
 
 RECIPES = next(
     folder
@@ -194,9 +194,7 @@ class Job:
             checkpoint_every=8,
             **dict(self.settings.distillation),
         )
-        console, stages = self.steps.console, len(recipe.stages)
-        watch = step_progress(advance, stages) if console.is_terminal else step_lines(console, stages)
-        result = train(recipe, watch)
+        result = train(recipe, show_steps(self.steps.console, advance, len(recipe.stages)))
         tokens = sum(record["tokens"] for record in self.records if record["event"] == "step")
         step.result = f"{recipe.total_steps} steps, {tokens:,} tokens"
         if result.resumed_at:

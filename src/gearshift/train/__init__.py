@@ -10,6 +10,7 @@ from gearshift.train.metrics import (
     Record,
     StageEndRecord,
     StepRecord,
+    show_steps,
     step_lines,
     step_progress,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "distil",
     "load_recipe",
     "read_records",
+    "show_steps",
     "step_lines",
     "step_progress",
     "train",

@@ -66,7 +66,7 @@ def make_engine(
     compiled = (able and parallel.compilable) if settings.compile is None else settings.compile
     narrow = all(model.spec.hidden_size < WIDE for model in models)
     graphs = (able and parallel.recordable) if settings.cuda_graphs is None else settings.cuda_graphs
-    layer_graphs = narrow and graphs if settings.cuda_graphs is None else settings.cuda_graphs
+    layer_graphs = graphs and (narrow or settings.cuda_graphs is not None)
     if compiled and not parallel.compilable:
         raise ValueError("compile: true cannot compile slices of tensors (parallel: tensor above 1): leave it out")
     if graphs and not parallel.recordable:

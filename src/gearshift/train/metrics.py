@@ -127,8 +127,7 @@ def step_progress(advance: Bar, stages: int) -> Callable[[Record], None]:
             stage, loss = record.stage, ""
         if isinstance(record, StepRecord):
             steps, done = record.global_step + 1 - done, record.global_step + 1
-            if record.loss is not None:
-                loss = f", loss {record.loss:.4g}"
+            loss = _loss(record) or loss
         advance(steps, f"{_stage(record, stages)}{loss}")
 
     return watch
@@ -150,9 +149,8 @@ def step_lines(console: Console, stages: int) -> Callable[[Record], None]:
         line = _stage(record, stages)
         if isinstance(record, StepRecord):
             tokens, seconds = tokens + record.tokens, seconds + record.seconds
-            loss = "" if record.loss is None else f", loss {record.loss:.4g}"
             step = f"step {record.global_step + 1:,}/{record.total_steps:,}"
-            line = f"{step}, {line}{loss}, {tokens / seconds:,.0f} tokens/s"
+            line = f"{step}, {line}{_loss(record)}, {tokens / seconds:,.0f} tokens/s"
         due = isinstance(record, StepRecord) and time.monotonic() - said >= PAUSE
         if due or record.stage != stage:
             console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -163,6 +161,15 @@ def step_lines(console: Console, stages: int) -> Callable[[Record], None]:
 
 def _stage(record: Record, stages: int) -> str:
     return f"stage {record.stage + 1}/{stages} {record.type}"
+
+
+def _loss(record: StepRecord) -> str:
+    return "" if record.loss is None else f", loss {record.loss:.4g}"
+
+
+def show_steps(console: Console, advance: Bar, stages: int) -> Callable[[Record], None]:
+    """For `on_record`: what moves the bar of `advance` on a terminal, and writes lines where no bar can be seen."""
+    return step_progress(advance, stages) if console.is_terminal else step_lines(console, stages)
 
 
 class Callback:

@@ -200,9 +200,8 @@ def _drawn(native: NativeConfig, recipe: Recipe, index: int) -> list[Placement]:
     steps = range(before, before + max(1, min(stage.steps, MOST_DRAWN)))
     choices, unknown, drawn = native.spec.choices, _unknown(native, stage), []
     for step in steps:
-        anything = AllocationSampling().sample(choices, {}, recipe.seed, step)
-        presets = {**native.presets, **dict.fromkeys(unknown, anything)}
-        drawn.append(stage.sampling.sample(choices, presets, recipe.seed, step))
+        anything = {name: AllocationSampling().sample(choices, {}, recipe.seed, step) for name in unknown}
+        drawn.append(stage.sampling.sample(choices, {**native.presets, **anything}, recipe.seed, step))
     return drawn
 
 
