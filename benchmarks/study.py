@@ -105,6 +105,7 @@ VARIANTS: dict[str, Variant] = {
         layerwise={"schedule": {"final": 1.0}}, stochastic={"learning_rate": 1e-3, "schedule": {"warmup": 0.0}}
     ),
     "another warm restart": Variant(halves={"stochastic": {}}),
+    "residual in float32": Variant(settings={"residual": "float32"}),
     "averages of 0.99": Variant(settings={"ema": 0.99}),
     "half the batch, twice the steps": Variant(batch=0.5),
     "text twice as long": Variant(length=2),

@@ -7,6 +7,18 @@ from gearshift.plan import Constant
 from gearshift.spec import NormSpec
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467), in the dtype of `x`.
+
+    Where the weight has another one, as under autocast, computed in float32 and rounded once.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight is None or self.weight.dtype == x.dtype:
+            return super().forward(x)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
 class ZeroCenteredRMSNorm(nn.RMSNorm):
     """(1 + weight) * x / rms(x) over the last dimension, in float32 inside: Gemma's norm (arXiv 2403.08295)."""
 
@@ -18,7 +30,7 @@ class ZeroCenteredRMSNorm(nn.RMSNorm):
 
 def norm(spec: NormSpec, channels: int) -> nn.Module:
     """The norm a spec describes, [..., channels] -> [..., channels]."""
-    kind = ZeroCenteredRMSNorm if spec.zero_centered else nn.RMSNorm
+    kind = ZeroCenteredRMSNorm if spec.zero_centered else RMSNorm
     return kind(channels, eps=spec.epsilon)
 
 

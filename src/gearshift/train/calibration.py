@@ -113,7 +113,7 @@ def calibrate(
     """
     main = teacher.spec.main
     own = teacher is model
-    hiddens = [teacher.model.embed(batch.inputs) for batch in batches]
+    hiddens = [precision.embed(teacher, batch.inputs) for batch in batches]
     contexts = _contexts(teacher, hiddens, batches)
     student_contexts = contexts if own else _contexts(model, hiddens, batches)
     last_use = {mixer: layer for layer, mixers in enumerate(students) for mixer in mixers.values()}

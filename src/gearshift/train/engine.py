@@ -1,12 +1,13 @@
 """How the stages compute: in what precision, compiled or not, recorded or not."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gearshift.mixers.attention_function import FLEX
 from gearshift.mixers.base import Mixer
@@ -22,9 +23,16 @@ WIDE = 2048
 class Precision:
     """The precision of matrix products on a device. Each call opens a new context."""
 
-    def __init__(self, setting: Literal["auto", "none", "bfloat16"], device: torch.device):
+    def __init__(
+        self,
+        autocast: Literal["auto", "none", "bfloat16"],
+        device: torch.device,
+        residual: Literal["auto", "float32"] = "auto",
+    ):
         self.device = device
-        self.enabled = setting == "bfloat16" or (setting == "auto" and device.type == "cuda")
+        self.enabled = autocast == "bfloat16" or (autocast == "auto" and device.type == "cuda")
+        self.residual = torch.bfloat16 if self.enabled and residual == "auto" else None
+        """Of the hidden states between mixers and MLPs; None: the weights' own."""
         if self.enabled and device.type == "cuda" and not torch.cuda.is_bf16_supported():
             raise ValueError(f"{torch.cuda.get_device_name(device)} cannot compute in bfloat16: set autocast to none")
 
@@ -33,6 +41,44 @@ class Precision:
         if not self.enabled:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=cached)
+
+    def embed(self, model: GearshiftForCausalLM, tokens: Tensor) -> Tensor:
+        """tokens [batch, tokens] -> [batch, tokens, hidden], what the first block reads."""
+        hidden = model.model.embed(tokens)
+        return hidden if self.residual is None else hidden.to(self.residual)
+
+
+class FrozenWeights:
+    """The weights of the blocks' linear layers that do not learn, in the precision of their products.
+
+    What is recorded with them has not to convert them again at every step.
+    """
+
+    def __init__(self, models: Iterable[GearshiftForCausalLM], precision: Precision):
+        self.models = tuple(models)
+        self.precision = precision
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Within, the models have them. They keep their memory as long as this object lives."""
+        if not self.precision.enabled:
+            yield
+            return
+        originals = {weight: weight.data for weight in self._lowered}
+        try:
+            for weight, lowered in self._lowered.items():
+                weight.data = lowered
+            yield
+        finally:
+            for weight, original in originals.items():
+                weight.data = original
+
+    @cached_property
+    def _lowered(self) -> dict[nn.Parameter, Tensor]:
+        blocks = {block for model in self.models for block in model.model.blocks}
+        linears = (module for block in blocks for module in block.modules() if isinstance(module, nn.Linear))
+        weights: set[nn.Parameter] = {linear.weight for linear in linears}  # type: ignore[misc]
+        return {weight: weight.data.to(torch.bfloat16) for weight in weights if not weight.requires_grad}
 
 
 @dataclass(frozen=True)
@@ -77,7 +123,9 @@ def make_engine(
         raise ValueError(f"cuda_graphs: true, but {obstacle}: leave it out")
     steps = CompiledSteps(parallel.within) if compiled else BlockSteps()
     attn_implementation = _attn_implementation(settings, models, device)
-    return Engine(Precision(settings.autocast, device), steps, graphs, layer_graphs, attn_implementation)
+    return Engine(
+        Precision(settings.autocast, device, settings.residual), steps, graphs, layer_graphs, attn_implementation
+    )
 
 
 def _attn_implementation(

@@ -5,10 +5,9 @@ recorded whole (`Graphed`); a student, whose layers run another mixer at each st
 of each layer (`GraphedLayers`).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -18,8 +17,9 @@ from gearshift.data import Batch
 from gearshift.mixers.base import MixContext
 from gearshift.model import GearshiftForCausalLM
 from gearshift.spec import Placement
-from gearshift.train.engine import Precision
+from gearshift.train.engine import FrozenWeights, Precision
 from gearshift.train.gradients import JoinedGradients
+from gearshift.train.recording import Arena, Kept, Pool, recording, side_stream
 from gearshift.train.steps import BlockSteps
 
 T = TypeVar("T")
@@ -34,8 +34,10 @@ class Graphed(Generic[T]):
     they are from the first call on: set them to zero, never to None. What it returns is overwritten by the next call.
     """
 
-    def __init__(self, function: Callable[[Batch], T]):
+    def __init__(self, function: Callable[[Batch], T], within: Callable[[], AbstractContextManager[Any]] = nullcontext):
+        """`within` gives the context to record in."""
         self.function = function
+        self.within = within
         self._graph: torch.cuda.CUDAGraph | None = None
         self._calls = 0
 
@@ -50,11 +52,11 @@ class Graphed(Generic[T]):
         self._batch.tokens.copy_(batch.tokens)
         self._calls += 1
         if self._calls <= WARM_UP:
-            with _side_stream():
+            with side_stream(), self.within():
                 return self.function(self._batch)
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with _recording(self._graph):
+            with recording(self._graph), self.within():
                 self._result = self.function(self._batch)
         self._graph.replay()
         return self._result
@@ -73,23 +75,33 @@ class _Recorded:
 class GraphedLayers:
     """The layers of a student on CUDA, for batches of one shape. A layer's mixer is recorded at its first use.
 
-    One mixer of a layer runs at a time, so those of a layer share the memory of what the backward pass needs, and that
-    of their gradients; all layers share the memory that a backward pass takes for itself.
+    All are recorded into the same memory. What a mixer's backward pass will read is copied out of it, into memory of
+    the layer; one mixer of a layer runs at a time, so they share that, and the memory of their gradients. Of the MLP
+    nothing is kept: the backward pass runs it again.
     """
 
-    def __init__(self, model: GearshiftForCausalLM, steps: BlockSteps, precision: Precision, hidden: Tensor):
+    def __init__(
+        self,
+        model: GearshiftForCausalLM,
+        steps: BlockSteps,
+        precision: Precision,
+        frozen: FrozenWeights,
+        hidden: Tensor,
+    ):
         """`hidden` [batch, tokens, hidden] is like what the first layer will read."""
         self.model = model
         self.steps = steps
         self.precision = precision
+        self.frozen = frozen
         layers = len(model.model.blocks)
         with torch.no_grad():
             self._context: MixContext = model.model.context(hidden)
             self._hidden = [torch.zeros_like(hidden) for _ in range(layers + 1)]
             self._upstream = [torch.zeros_like(hidden) for _ in range(2)]
             self._gradients = [torch.zeros(_most_learning(block), device=hidden.device) for block in model.model.blocks]
-        self._pools: list[Any] = [torch.cuda.graph_pool_handle() for _ in range(layers)]
-        self._backward_pool: Any = torch.cuda.graph_pool_handle()
+        self._pool: Pool = torch.cuda.graph_pool_handle()
+        self._arenas = [Arena(hidden.device) for _ in range(layers)]
+        self._sizes: dict[tuple[str, str], list[int]] = {}
         self._recorded: dict[tuple[int, str], _Recorded] = {}
 
     def fits(self, hidden: Tensor) -> bool:
@@ -132,30 +144,87 @@ class GraphedLayers:
         return [parameter for parameter in mixer.parameters() if parameter.requires_grad]
 
     def _record(self, layer: int, name: str) -> _Recorded:
-        block, learning = self.model.model.blocks[layer], self._learning(layer, name)
-        read = self._hidden[layer].detach().requires_grad_()
-        incoming, outgoing = self._upstream[(layer + 1) % 2], self._upstream[layer % 2]
-
-        def run() -> Tensor:
-            # Not cached: a replay has to convert the weights as they are then.
-            with torch.enable_grad(), self.precision(cached=False):
-                return self.steps.run(block, name, read, self._context)[1]
-
-        with _side_stream():
-            for _ in range(WARM_UP):
-                tried = torch.autograd.grad(run(), [read, *learning], incoming, allow_unused=True)
-        parameters = [parameter for parameter, found in zip(learning, tried[1:], strict=True) if found is not None]
-        gradients = JoinedGradients(parameters, self._gradients[layer])
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with _recording(forward, self._pools[layer]):
-            made = run()
-            self._hidden[layer + 1].copy_(made.detach())
-        with _recording(backward, self._backward_pool):
-            found = torch.autograd.grad(made, [read, *parameters], incoming)
-            outgoing.copy_(found[0])
-            gradients.add(found[1:])
-        # What `made` held for the backward pass is free again: the layer's next mixer is recorded into the same memory.
+        spec = self.model.spec.decoder
+        trial = torch.cuda.CUDAGraph()  # holds the pool until another one does
+        with torch.enable_grad(), self.frozen():
+            work = _Work(self, layer, name)
+            with side_stream():
+                for _ in range(WARM_UP):
+                    parameters = work.rehearse()
+            kind = spec.layout[layer], name
+            if kind not in self._sizes:
+                self._sizes[kind] = work.sizes(trial, self._pool)
+            gradients = JoinedGradients(parameters, self._gradients[layer])
+            forward = work.record_forward(self._pool, self._arenas[layer].pieces(self._sizes[kind]))
+            backward = work.record_backward(self._pool, gradients)
         return _Recorded(forward, backward, gradients)
+
+
+class _Work:
+    """What a layer does under one of its mixers, to be recorded."""
+
+    def __init__(self, layers: GraphedLayers, layer: int, name: str):
+        self.steps, self.precision, self.context = layers.steps, layers.precision, layers._context
+        self.block = layers.model.model.blocks[layer]
+        self.mixer = self.block.mixer_named(name)
+        self.learning = layers._learning(layer, name)
+        self.read = layers._hidden[layer].detach().requires_grad_()
+        self.written = layers._hidden[layer + 1]
+        self.incoming, self.outgoing = layers._upstream[(layer + 1) % 2], layers._upstream[layer % 2]
+
+    def rehearse(self) -> list[nn.Parameter]:
+        """Do it all as it is. Returns the parameters that get a gradient."""
+        mixed = self._mix()
+        self._feed(mixed)
+        found = torch.autograd.grad(mixed, [self.read, *self.learning], self._pull_back(mixed), allow_unused=True)
+        return [parameter for parameter, one in zip(self.learning, found[1:], strict=True) if one is not None]
+
+    def sizes(self, trial: torch.cuda.CUDAGraph, pool: Pool) -> list[int]:
+        """The bytes that have to be kept for the backward pass, piece by piece."""
+        kept = Kept(pool)
+        with recording(trial, pool), kept.noticing():
+            mixed = self._mix()
+        return kept.sizes(mixed)
+
+    def record_forward(self, pool: Pool, pieces: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
+        """What the backward pass reads comes into `pieces`, of the sizes that `sizes` gives."""
+        graph, kept = torch.cuda.CUDAGraph(), Kept(pool)
+        with recording(graph, pool):
+            with kept.noticing():
+                mixed = self._mix()
+            self._mixed = kept.moved(mixed, pieces)
+            del mixed
+            self._feed(self._mixed)
+        kept.check()
+        return graph
+
+    def record_backward(self, pool: Pool, gradients: JoinedGradients) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with recording(graph, pool):
+            upstream = self._pull_back(self._mixed)
+            found = torch.autograd.grad(self._mixed, [self.read, *gradients.parameters], upstream)
+            self.outgoing.copy_(found[0])
+            gradients.add(found[1:])
+        return graph
+
+    def _mix(self) -> Tensor:
+        """What the MLP's half of the block reads."""
+        # Not cached: a replay has to convert the weights as they are then.
+        with self.precision(cached=False):
+            entered = self.steps.enter(self.block, self.mixer, self.read, self.context)
+            result = self.mixer.core(entered, self.context, None)
+            return self.steps.leave(self.block, self.mixer, self.read, result)
+
+    @torch.no_grad()
+    def _feed(self, mixed: Tensor) -> None:
+        with self.precision(cached=False):
+            self.written.copy_(self.steps.second_half(self.block, mixed))
+
+    @torch.no_grad()
+    def _pull_back(self, mixed: Tensor) -> Tensor:
+        """The gradient of `mixed`, for which the MLP runs again."""
+        with self.precision(cached=False):
+            return self.steps.pull_back(self.block, mixed, self.incoming)
 
 
 class _Layer(torch.autograd.Function):
@@ -175,34 +244,3 @@ def _most_learning(block: nn.Module) -> int:
     """The most numbers that learn in one of the block's mixers."""
     mixers = (block.mixer_named(name) for name in block.spec.mixers)  # type: ignore[operator, union-attr]
     return max(sum(p.numel() for p in mixer.parameters() if p.requires_grad) for mixer in mixers)
-
-
-@cache
-def _stream(device: int) -> torch.cuda.Stream:
-    """One for all recordings on a device, for graphs can only share memory that one stream took."""
-    return torch.cuda.Stream(device)
-
-
-@contextmanager
-def _side_stream() -> Iterator[None]:
-    """Work on the stream of recordings, between what the current stream did before and what it does afterwards."""
-    current, stream = torch.cuda.current_stream(), _stream(torch.cuda.current_device())
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        yield
-    current.wait_stream(stream)
-
-
-@contextmanager
-def _recording(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
-    """Record what is launched within into `graph`, with its memory from `pool`. Nothing is computed.
-
-    RuntimeError that says what to do if something within cannot be recorded.
-    """
-    stream = _stream(torch.cuda.current_device())
-    try:
-        # Other threads, such as one that fetches data, may use CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            yield
-    except RuntimeError as error:
-        raise RuntimeError(f"a step could not be recorded ({error}): set cuda_graphs to false") from error

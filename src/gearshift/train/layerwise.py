@@ -83,7 +83,7 @@ class LayerwiseRun(StageRun):
             self._sampled.copy_(torch.tensor([[offered.index(name)] for offered, name in pairs]))
         if share not in self._graphed:
             weight = torch.full((), share, device=self._sampled.device)
-            self._graphed[share] = Graphed(lambda part: self._judge(part, weight))
+            self._graphed[share] = Graphed(lambda part: self._judge(part, weight), self.frozen)
         graphed = self._graphed[share]
         return graphed(batch) if self.graphs else graphed.function(batch)
 
@@ -105,9 +105,9 @@ class LayerwiseRun(StageRun):
         teacher, student = self.teacher.model, self.model.model
         main, has_student = self.teacher.spec.main, self.has_student and weight is not None
         errors: Terms = {}
-        with torch.no_grad(), self.precision():
-            hidden = teacher.embed(batch.inputs)
-            stream = student.embed(batch.inputs) if has_student else hidden
+        with torch.no_grad():
+            hidden = self.precision.embed(self.teacher, batch.inputs)
+            stream = self.precision.embed(self.model, batch.inputs) if has_student else hidden
         context = teacher.context(hidden, cu_seqlens=batch.cu_seqlens)
         own = context if self.own_teacher else student.context(hidden, cu_seqlens=batch.cu_seqlens)
         own.recompute = False  # one mixer at a time waits for its backward pass

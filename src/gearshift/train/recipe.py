@@ -235,6 +235,8 @@ class DistillationSettings(Spec):
     what is judged, handed to the next stage and written. Null: none, a stage ends on its last step's values."""
     autocast: Literal["auto", "none", "bfloat16"] = "auto"
     """Precision of the matrix products: `auto` is bfloat16 on CUDA and the weights' own elsewhere."""
+    residual: Literal["auto", "float32"] = "auto"
+    """Precision of the hidden states between mixers and MLPs: `auto` is that of the matrix products."""
     attn_implementation: str | None = None
     """The attention function of transformers that training runs on. Null: on CUDA `flex_attention`, whose cost follows
     windows and documents where others pay for the whole square of a sequence; elsewhere the model's own."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gearshift.data import Batch
 from gearshift.model import GearshiftForCausalLM
 from gearshift.spec import Placement
-from gearshift.train.engine import Engine
+from gearshift.train.engine import Engine, FrozenWeights
 from gearshift.train.recipe import LayerwiseStage, SampledStage
 
 Terms = dict[Any, Tensor]
@@ -38,6 +38,7 @@ class StageRun(ABC):
         self.precision = engine.precision
         self.steps = engine.steps
         self.graphs = engine.graphs
+        self.frozen = FrozenWeights({model, teacher}, self.precision)
 
     def placement(self, step: int) -> Placement:
         """The placement of step `step`, counted over all stages."""

@@ -47,6 +47,22 @@ class BlockSteps:
         """What the next block reads, from what this one reads and its mixer's output."""
         return block.feed(block.add_mixed(hidden, output))
 
+    def enter(self, block: Block, mixer: Mixer, hidden: Tensor, context: MixContext) -> Any:
+        """What the core of a mixer reads."""
+        return _enter(mixer, block, hidden, context)
+
+    def leave(self, block: Block, mixer: Mixer, hidden: Tensor, result: Any) -> Tensor:
+        """What the block's second half reads, from what the block reads and the result of the mixer's core."""
+        return _first_half(mixer, block, hidden, result)
+
+    def second_half(self, block: Block, hidden: Tensor) -> Tensor:
+        """What the next block reads."""
+        return _second_half(block, hidden)
+
+    def pull_back(self, block: Block, hidden: Tensor, upstream: Tensor) -> Tensor:
+        """The gradient of what the second half reads, `hidden`, from that of what the next block reads."""
+        return _pull_back(block, hidden, upstream)
+
     def error(self, output: Tensor, target: Tensor, rows: int) -> Tensor:
         """The normalised error of a mixer's output, `rows` sequences that may be packed into one."""
         return _error(output, target, rows)
@@ -68,6 +84,7 @@ class CompiledSteps(BlockSteps):
         self._enter, self._norm, self._project = made(_enter), made(_norm), made(_project)
         self._leave, self._output, self._add = made(_leave), made(_output), made(_add)
         self._feed, self._error = made(_feed), made(_error)
+        self._first_half, self._second_half, self._pull_back = map(made, (_first_half, _second_half, _pull_back))
 
     def run(self, block: Block, name: str, hidden: Tensor, context: MixContext) -> tuple[Tensor, Tensor]:
         return self._fed(block, *self._within(block.mixer_named(name), self._run, block, hidden, context))
@@ -86,6 +103,19 @@ class CompiledSteps(BlockSteps):
     def feed(self, block: Block, hidden: Tensor, output: Tensor) -> Tensor:
         return self._fed(block, *self._add(block, hidden, output))[1]
 
+    def enter(self, block: Block, mixer: Mixer, hidden: Tensor, context: MixContext) -> Any:
+        mixer.prepare(context, hidden.dtype)
+        return self._enter(mixer, block, hidden, context)
+
+    def leave(self, block: Block, mixer: Mixer, hidden: Tensor, result: Any) -> Tensor:
+        return self._first_half(mixer, block, hidden, result)
+
+    def second_half(self, block: Block, hidden: Tensor) -> Tensor:
+        return self._second_half(block, hidden)
+
+    def pull_back(self, block: Block, hidden: Tensor, upstream: Tensor) -> Tensor:
+        return self._pull_back(block, hidden, upstream)
+
     def error(self, output: Tensor, target: Tensor, rows: int) -> Tensor:
         return self._error(output, target, rows)
 
@@ -93,8 +123,7 @@ class CompiledSteps(BlockSteps):
         return output, self._within(block.mlp, self._feed, block, hidden, read)
 
     def _run(self, mixer: Mixer, block: Block, hidden: Tensor, context: MixContext) -> tuple[Tensor, Tensor, Tensor]:
-        mixer.prepare(context, hidden.dtype)
-        result = mixer.core(self._enter(mixer, block, hidden, context), context, None)
+        result = mixer.core(self.enter(block, mixer, hidden, context), context, None)
         return self._leave(mixer, block, hidden, result)
 
     def _teach(
@@ -134,6 +163,19 @@ def _add(block: Block, hidden: Tensor, output: Tensor) -> tuple[Tensor, Tensor, 
     """The mixer's output, the hidden states with it, and what the MLP reads of them."""
     hidden = block.add_mixed(hidden, output)
     return output, hidden, block.mlp_norm(hidden)
+
+
+def _first_half(mixer: Mixer, block: Block, hidden: Tensor, result: Any) -> Tensor:
+    return block.add_mixed(hidden, mixer.output(result))
+
+
+def _second_half(block: Block, hidden: Tensor) -> Tensor:
+    return block.feed(hidden)
+
+
+def _pull_back(block: Block, hidden: Tensor, upstream: Tensor) -> Tensor:
+    with torch.no_grad():  # of the parameters
+        return torch.func.vjp(block.feed, hidden)[1](upstream)[0]
 
 
 def _feed(mlp: nn.Module, block: Block, hidden: Tensor, read: Tensor) -> Tensor:

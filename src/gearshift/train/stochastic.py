@@ -62,7 +62,7 @@ class StochasticRun(StageRun):
         self._layers: GraphedLayers | None = None
         self._teach: Callable[[Batch], Taught] = self._taught
         if self.graphs:
-            self._teach = Graphed(self._taught)
+            self._teach = Graphed(self._taught, self.frozen)
 
     def learn(self, batch: Batch, step: int, share: float) -> Terms | None:
         placement = self.placement(step)
@@ -130,7 +130,7 @@ class StochasticRun(StageRun):
                 errors.append(activation_error(batch.by_row(output), batch.by_row(taught.outputs[layer])))
 
         with self.precision():
-            hidden = body.embed(batch.inputs)
+            hidden = self.precision.embed(self.model, batch.inputs)
             context = body.context(hidden, cu_seqlens=batch.cu_seqlens)
             plain = recompute or activation > 0 or batch.starts is not None
             recorded = None if plain else self._recorded_layers(hidden)
@@ -168,7 +168,7 @@ class StochasticRun(StageRun):
                 outputs.append(output)
 
         with self.precision():
-            hidden = self.teacher.model.embed(batch.inputs)
+            hidden = self.precision.embed(self.teacher, batch.inputs)
             context = self.teacher.model.context(hidden, cu_seqlens=batch.cu_seqlens)
             hidden = self._run_layers(self.teacher, hidden, context, self.teacher.spec.main, keep)
             return Taught(self.teacher.model.norm(hidden), outputs)
@@ -181,7 +181,7 @@ class StochasticRun(StageRun):
         if self._shared_learn:
             return None
         if self._layers is None:
-            self._layers = GraphedLayers(self.model, self.steps, self.precision, hidden)
+            self._layers = GraphedLayers(self.model, self.steps, self.precision, self.frozen, hidden)
         return self._layers if self._layers.fits(hidden) else None
 
     def _run_layers(

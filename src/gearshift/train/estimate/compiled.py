@@ -7,6 +7,7 @@ else is taken to be fused into a kernel that writes a matrix product's input or 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import getitem
 from typing import Any
 from unittest.mock import patch
 
@@ -22,6 +23,8 @@ from gearshift.mixers.base import MixContext
 from gearshift.train.estimate.tracker import Tracker
 
 aten = torch.ops.aten
+VIEWS = (aten._unsafe_view.default, aten.detach.default, aten.split.Tensor, aten.split_with_sizes.default)
+"""Operations that make views and do not say so."""
 
 
 class Compiled:
@@ -130,13 +133,13 @@ class _Sizes:
         places = {node: place for place, node in enumerate(node for node in nodes if node.op == "placeholder")}
         outputs = [_base(node) if isinstance(node, fx.Node) else None for node in nodes[-1].args[0]]
         self.outputs: list[Any] = []
-        for node in nodes[-1].args[0]:
-            if not isinstance(node, fx.Node):
+        for node, base in zip(nodes[-1].args[0], outputs, strict=True):
+            if base is None:
                 self.outputs.append(None)
             elif node in places:
                 self.outputs.append(places[node])
             else:
-                self.outputs.append((id(_base(node)), _layout(node)))
+                self.outputs.append((base.name, _layout(base), _layout(node)))
         self.scratch = _workspace(nodes, {node for node in outputs if node is not None})
 
     def __call__(self, *args: Any) -> list[Any]:
@@ -149,11 +152,11 @@ class _Sizes:
             if output is None or isinstance(output, int):
                 made.append(None if output is None else args[output])
                 continue
-            base, (size, stride, dtype, extent) = output
+            base, (_, _, whole_dtype, whole), (size, stride, dtype, extent) = output
             if base not in bases:
-                bases[base] = example.new_empty(extent, dtype=dtype)
+                bases[base] = example.new_empty(whole, dtype=whole_dtype)
             # A view in another dtype than its base is rare, and then counts by itself.
-            of_base = bases[base].dtype == dtype and bases[base].numel() >= extent
+            of_base = whole_dtype == dtype and whole >= extent
             made.append((bases[base] if of_base else example.new_empty(extent, dtype=dtype)).as_strided(size, stride))
         return made
 
@@ -165,8 +168,10 @@ def _layout(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _is_view(node: fx.Node) -> bool:
-    target = node.target
-    return getattr(target, "is_view", False) or target in (aten._unsafe_view.default, aten.detach.default)
+    """Whether a node is a view, several as one, or one of several."""
+    if node.target is getitem:
+        return _is_view(node.args[0])  # type: ignore[arg-type]
+    return getattr(node.target, "is_view", False) or node.target in VIEWS
 
 
 def _base(node: fx.Node) -> fx.Node:

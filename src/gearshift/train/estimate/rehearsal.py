@@ -49,13 +49,18 @@ class Rehearsal:
     """What a stage's calibration and steps take."""
 
     fullest: tuple[Mapping[str, int], ...]
-    """For each calibration and each step, what lived at its fullest moment: kind of tensor -> bytes."""
+    """For each calibration and each step, what lived at its fullest moment: kind of tensor -> bytes. The loss over the
+    vocabulary is apart."""
+    at_loss: Mapping[str, int]
+    """What lived at the fullest moment of that loss. Empty if there is none."""
     operations: int
     """Floating-point operations of the last step."""
     layers: "LayerCosts"
     """Those of each layer."""
     placement: Placement | None
     """What was chosen for a stochastic stage."""
+    residual: int
+    """Bytes of a number in the hidden states between layers."""
 
 
 LayerCosts = Mapping[tuple[str, str], LayerCost]
@@ -105,8 +110,10 @@ def rehearse(
         placement = choose and choose(layers)
         if placement is not None:
             distiller = Distiller(model, blank, _two_steps(settings, placement), reference, chats=blank)
-        with _loss_apart(tracker):
-            return Rehearsal(*_run(distiller, tracker), layers, placement)
+        with _loss_apart(tracker) as at_loss:
+            fullest, operations = _run(distiller, tracker)
+        residual = distiller.engine.precision.residual or torch.float32
+        return Rehearsal(fullest, at_loss, operations, layers, placement, residual.itemsize)
 
 
 def _two_steps(recipe: Recipe, placement: Placement | None = None) -> Recipe:
@@ -125,7 +132,8 @@ def _probe(distiller: Distiller, tracker: Tracker) -> dict[tuple[str, str], Laye
     assert isinstance(settings, Recipe)
     rows = settings.batch_size_of(0) // settings.parts_of(0)
     recompute = getattr(settings.stages[0], "recompute", False)
-    hidden = torch.zeros(rows, settings.sequence_length, model.spec.hidden_size, requires_grad=True)
+    shape, dtype = (rows, settings.sequence_length, model.spec.hidden_size), distiller.engine.precision.residual
+    hidden = torch.zeros(shape, dtype=dtype, requires_grad=True)
     model.set_attn_implementation(settings.attn_implementation or model.config._attn_implementation)
     context = model.model.context(hidden)
     costs = {}
@@ -244,13 +252,19 @@ def _compiling(tracker: Tracker) -> Iterator[None]:
 
 
 @contextmanager
-def _loss_apart(tracker: Tracker) -> Iterator[None]:
-    """Within, what the loss over the vocabulary takes is called "logits"."""
+def _loss_apart(tracker: Tracker) -> Iterator[dict[str, int]]:
+    """Within, what the loss over the vocabulary takes is called "logits". Gives what lives at its fullest moment."""
     judge = losses._HeadLosses.forward
+    at_loss: dict[str, int] = {}
 
     def labelled(*args: Any) -> Any:
+        elsewhere = tracker.peak, tracker.at_peak
+        tracker.peak = 0
         with tracker.labelled("logits"):
-            return judge(*args)
+            made = judge(*args)
+        at_loss.update(tracker.at_peak)
+        tracker.peak, tracker.at_peak = elsewhere
+        return made
 
     with patch.object(losses._HeadLosses, "forward", staticmethod(labelled)):
-        yield
+        yield at_loss

@@ -152,7 +152,8 @@ def _estimate_stage(
     small, reference = _cut(spec, layers), None if teacher is None else _cut(teacher, layers)
     whole = _Whole(spec, teacher, recipe, index, layers)
     if isinstance(stage, LayerwiseStage):
-        found = whole.layerwise(rehearse(small, reference, alone, cuda))
+        made = rehearse(small, reference, alone, cuda)
+        found = whole.layerwise(made)
     else:
         every = _drawn(native, recipe, index)
         drawn = [one for one in every if whole.learns(one)] or every  # the others are skipped by the run
@@ -163,7 +164,8 @@ def _estimate_stage(
     found_parts, operations = found
     if ranks != Ranks():
         rows = size // ranks.data // parts
-        stream = 4 * rows * recipe.sequence_length * spec.hidden_size * (2 * spec.decoder.num_layers + 2)
+        states = 2 * spec.decoder.num_layers + 2
+        stream = made.residual * rows * recipe.sequence_length * spec.hidden_size * states
         found_parts = shared_out(found_parts, whole.units(), stream, ranks)
     tokens = size * recipe.sequence_length
     return StageEstimate(stage.type, found_parts, tokens, operations * ranks.data, _unknown(native, stage))
@@ -243,41 +245,61 @@ class _Whole:
         return max([step, *others], key=lambda parts: sum(parts.values())), operations
 
     def stochastic(self, made: Rehearsal, drawn: Sequence[Placement]) -> tuple[dict[str, int], int]:
-        """Fullest before the backward pass, when all layers' activations are there, or after it, with all gradients."""
+        """Fullest in the loss, when all layers' activations are there, or in some layer's backward pass."""
         step, chosen, heaviest = made.fullest[-1], made.placement, self.heaviest(drawn, made.layers)
         assert chosen is not None
-        of_rehearsed = sum(made.layers[place].kept for place in self.places(chosen, self.layers))
-        everywhere = self.kept(made.layers, heaviest)
         held = {
             "parameters": self.parameters,
             "optimiser": self._learning(set().union(*map(self.pairs, drawn))) // 4 * self.moments,
         }
-        moved = step.get("activations", 0) - of_rehearsed
-        before = {**step, **held, "activations": moved + everywhere}
-        gradients = self._learning(set(self.pairs(heaviest)))
-        behind = {
+        whole = self._learning(set(self.pairs(heaviest))) if self.parts > 1 else 0
+        rehearsed, _ = self._in_backward(made.layers, chosen, self.layers)
+        activations, gradients = self._in_backward(made.layers, heaviest)
+        in_backward = {
+            **step,
             **held,
-            "gradients": gradients,
-            "activations": max(moved, 0) + everywhere // len(heaviest),
-            "logits": 0,
+            "gradients": max(gradients, whole),
+            "activations": max(step.get("activations", 0) - rehearsed, 0) + activations,
+        }
+        kept = self.kept(made.layers, heaviest) - self.kept(made.layers, chosen, self.layers)
+        at_loss = {
+            **made.at_loss,
+            **held,
+            "gradients": whole,
+            "activations": made.at_loss.get("activations", 0) + kept,
         }
         mean = sum(self._operations(made.layers, placement) for placement in drawn) / len(drawn)
         others = mean - self._operations(made.layers, chosen, self.layers)
         operations = made.operations + round(self.parts * others)
-        return max(before, behind, key=lambda parts: sum(parts.values())), operations
+        return max(in_backward, at_loss, key=lambda parts: sum(parts.values())), operations
 
     def places(self, placement: Iterable[str], layers: Sequence[int] | None = None) -> list[tuple[str, str]]:
         """(block, mixer) of each layer."""
         layers = range(self.spec.decoder.num_layers) if layers is None else layers
         return [(self.spec.decoder.layout[layer], name) for layer, name in zip(layers, placement, strict=True)]
 
-    def pairs(self, placement: Placement) -> list[tuple[str, str]]:
-        """(key of its weights, mixer) of each layer."""
-        return list(zip(self.spec.decoder.weight_keys, placement, strict=True))
+    def pairs(self, placement: Iterable[str], layers: Sequence[int] | None = None) -> list[tuple[str, str]]:
+        """(key of its weights, mixer) of each of these layers or all."""
+        keys = self.spec.decoder.weight_keys
+        return list(zip(keys if layers is None else [keys[layer] for layer in layers], placement, strict=True))
 
-    def kept(self, costs: LayerCosts, placement: Placement) -> int:
-        """Bytes between the passes, of all layers."""
-        return sum(costs[place].kept for place in self.places(placement))
+    def kept(self, costs: LayerCosts, placement: Placement, layers: Sequence[int] | None = None) -> int:
+        """Bytes between the passes, of these layers or all."""
+        return sum(costs[place].kept for place in self.places(placement, layers))
+
+    def _in_backward(
+        self, costs: LayerCosts, placement: Placement, layers: Sequence[int] | None = None
+    ) -> tuple[int, int]:
+        """Bytes of activations and of gradients at the fullest moment of the backward pass of these layers or all.
+
+        While a layer's runs, the layers before it wait for theirs, and those behind it have their gradients.
+        """
+        pairs, moments, kept = self.pairs(placement, layers), [], 0
+        for index, place in enumerate(self.places(placement, layers)):
+            cost = costs[place]
+            moments.append((kept + cost.most, self._learning(set(pairs[index + 1 :]))))
+            kept += cost.kept
+        return max(moments, key=sum)
 
     def heaviest(self, drawn: Sequence[Placement], costs: LayerCosts) -> Placement:
         """The placement that keeps most, and of equals the one that takes most."""
@@ -286,9 +308,7 @@ class _Whole:
 
     def learns(self, placement: Iterable[str], layers: Sequence[int] | None = None) -> bool:
         """Whether anything that runs under `placement` does, in these layers or all."""
-        every = self.spec.decoder.weight_keys
-        keys = every if layers is None else [every[layer] for layer in layers]
-        return None in self.learners or not self.learners.isdisjoint(zip(keys, placement, strict=True))
+        return None in self.learners or not self.learners.isdisjoint(self.pairs(placement, layers))
 
     def sample_of(self, placement: Placement, costs: LayerCosts) -> Placement:
         """For each rehearsed layer, the heaviest mixer that its block runs under `placement`; one learns at least."""
