@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -338,7 +339,8 @@ class Second(Callback):
         self.refused = 0
 
     def on_record(self, record: Record) -> None:
-        with pytest.raises(ValueError, match=r"another run writes to .* now: wait for it, or choose another"):
+        said = rf"another run writes to .* now \(process {os.getpid()} on .*\): wait for it, or choose another"
+        with pytest.raises(ValueError, match=said):
             train(self.settings)
         self.refused += 1
 
