@@ -1,17 +1,23 @@
 """What a run says before its first step, and a teacher of another format."""
 
+import json
+import logging
+import os
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from gearshift.conversion import export
 from gearshift.train import Recipe, train
 from gearshift.train.checkpoint import AVERAGE, WEIGHT, Checkpoints, read_learnt
 from gearshift.train.estimate import estimate
+from tests.formats import gguf_files
 from tests.models import supernet_spec
+from tests.train.processes import run_processes
 from tests.train.test_run import Interrupt, recipe, timeless
 
 STEP = {"type": "stochastic", "steps": 1}
@@ -27,16 +33,23 @@ def llama(source: Path) -> Path:
     return folder
 
 
-def test_a_teacher_of_another_format_teaches_as_the_model_itself(source: Path, llama: Path, tmp_path: Path) -> None:
-    own, other = (recipe(source, tmp_path / name, teacher=name) for name in ("self", str(llama)))
-    other = other.model_copy(update={"output": str(tmp_path / "other")})
-    train(own)
+@pytest.mark.parametrize("file", [None, "teacher.gguf"])
+def test_a_teacher_of_another_format_teaches_as_the_model_itself(
+    source: Path, llama: Path, tmp_path: Path, file: str | None
+) -> None:
+    teacher = llama
+    if file is not None:
+        teacher = tmp_path / file
+        gguf_files.write(teacher, AutoModelForCausalLM.from_pretrained(llama))
+    other = recipe(source, tmp_path / "other", teacher=str(teacher))
+    train(recipe(source, tmp_path / "self"))
     train(other)
     assert timeless(tmp_path / "other") == timeless(tmp_path / "self")
     learnt, again = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("self", "other"))
     assert all(torch.equal(learnt[name], again[name]) for name in learnt)
-    for alone, beside in zip(estimate(own), estimate(other), strict=True):
-        assert beside.parts["parameters"] > alone.parts["parameters"]
+    files = load_file(source / "model" / "model.safetensors"), load_file(llama / "model.safetensors")
+    (estimated,) = estimate(other.model_copy(update={"stages": other.stages[1:]}))
+    assert estimated.parts["parameters"] == sum(4 * tensor.numel() for file in files for tensor in file.values())
 
 
 def test_what_cannot_teach_or_learn_is_refused_in_a_sentence(source: Path, llama: Path, tmp_path: Path) -> None:
@@ -60,6 +73,34 @@ def said(settings: Recipe) -> tuple[list[str], list[str]]:
     return [
         str(warning.message) for warning in caught if "outlook" in warning.filename or "run.py" in warning.filename
     ], lines
+
+
+def write_said(settings: Recipe, folder: Path) -> None:
+    """What this process says of a run, in `folder`, in a file with its rank as its name."""
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("gearshift").addHandler(handler)
+    warned, lines = said(settings)
+    (folder / os.environ["RANK"]).write_text(json.dumps([*logged, *warned, *lines]))
+
+
+def test_of_several_processes_the_first_alone_says_so(source: Path, tmp_path: Path) -> None:
+    turns = ({"role": role, "content": "HELLO " * 40} for role in ("user", "assistant"))
+    short = ({"role": role, "content": "HI"} for role in ("user", "assistant"))
+    rows = (json.dumps({"messages": list(messages)}) for messages in (turns, short))
+    (tmp_path / "chats.jsonl").write_text("\n".join(rows))
+    (tmp_path / "template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    chats = {"chats": [{"path": str(tmp_path / "chats.jsonl")}], "chat_template": str(tmp_path / "template.jinja")}
+    stages = [{"type": "sft", "steps": 1}]
+    run_processes(
+        2, write_said, recipe(source, tmp_path / "run", stages=stages, sequence_length=300, **chats), tmp_path
+    )
+    cut, positions, begun = json.loads((tmp_path / "0").read_text())
+    assert "of 2 chats, 1 are cut after 300 tokens" in cut
+    assert "made for 128 positions" in positions
+    assert begun.startswith("training ")
+    assert json.loads((tmp_path / "1").read_text()) == []
 
 
 def test_a_run_begins_with_what_it_will_do(source: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """A training run: from a recipe to a folder with a trained model, through interruptions."""
 
-import errno
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from transformers import AutoTokenizer
 
 from gearshift.conversion import load_model
 from gearshift.data import Corpus, TokenSequences, open_chats, open_corpus, read_text
-from gearshift.files import writing
+from gearshift.files import NO_SPACE, writing
 from gearshift.formats import FORMATS, HUB_NAME, NativeConfig, hub_folder, open_checkpoint
 from gearshift.formats.documents import read_json, write_json
 from gearshift.locks import holder, release, take
@@ -234,7 +233,10 @@ def _load(folder: Path) -> GearshiftForCausalLM:
 def _load_teacher(name: str) -> GearshiftForCausalLM:
     """A reference model of any format, as it was stored, on the CPU. ValueError if there is none, or no weights."""
     file = Path(name)
-    checkpoint = open_checkpoint(file if file.is_file() else _folder(name))
+    try:
+        checkpoint = open_checkpoint(file if file.is_file() else _folder(name))
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
     if not checkpoint.source.schema:
         raise ValueError(f"the teacher {name} has no weights: name a model")
     return load_model(checkpoint)
@@ -257,9 +259,10 @@ def _write(model: GearshiftForCausalLM, weights: Mapping[str, Tensor], tokenizer
         try:
             whole.save_pretrained(folder)
         except SafetensorError as error:
-            if os.strerror(errno.ENOSPC) not in str(error):
-                raise
-            raise OSError(errno.ENOSPC, str(error)) from None
+            for number in NO_SPACE:
+                if f"(os error {number})" in str(error):  # safetensors tells in words alone
+                    raise OSError(number, os.strerror(number)) from None
+            raise
         tokenizer.save_pretrained(folder)
         config = folder / "config.json"
         write_json(config, NativeConfig.from_json_dict(read_json(config)).to_json_dict())
