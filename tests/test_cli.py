@@ -108,7 +108,9 @@ def test_train_resumes_and_finishes(work: Path, tmp_path: Path) -> None:
     assert shown.stdout.endswith("model: 4 steps\n")
     begun, first, second = shown.stderr.splitlines()
     assert begun.startswith(f"training {work}/supernet: window, gdn, kda learn, ")
-    assert begun.endswith(f" parameters in 4 layers; 4 steps in 2 stages; record: {tmp_path}/run/metrics.jsonl")
+    assert begun.endswith(
+        f" parameters in 4 layers; 4 steps (layerwise, stochastic); record: {tmp_path}/run/metrics.jsonl"
+    )
     assert first == "stage 1/2 layerwise"
     assert second.startswith("step 3/4, stage 2/2 stochastic, loss ")
     assert "finished before" in succeed("train", tmp_path / "recipe.yaml", "stages.0.steps=2", "seed=3").output
@@ -228,7 +230,7 @@ def test_a_full_disk_is_a_sentence(work: Path, tmp_path: Path, monkeypatch: pyte
     assert shown.exit_code == 2
     record = tmp_path / "run" / "metrics.jsonl"
     assert f"gearshift: no space is left for {record}: free some and run the same again" in shown.output
-    monkeypatch.setattr("gearshift.cli._say_if_piped", full)
+    monkeypatch.setattr("gearshift.progress.say_if_piped", full)
     shown = gearshift("train", tmp_path / "recipe.yaml")
     assert "no space is left on a disk that is written to: free some and run the same again" in shown.output
 

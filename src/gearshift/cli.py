@@ -132,7 +132,7 @@ def train(
     """
     from contextlib import nullcontext
 
-    from gearshift.progress import bar, silent
+    from gearshift.progress import bar, say_if_piped, silent
     from gearshift.train import TrainingDivergedError, load_recipe, show_steps
     from gearshift.train import train as run_recipe
     from gearshift.train.parallel import process_group
@@ -146,7 +146,8 @@ def train(
         settings = load_recipe(recipe, overrides or [])
         with bar(err, "training", settings.total_steps) if first else nullcontext(silent) as advance:
             try:
-                result = run_recipe(settings, show_steps(err, advance, len(settings.stages)), begun=_say_if_piped)
+                shown = show_steps(err, advance, len(settings.stages))
+                result = run_recipe(settings, shown, begun=lambda line: say_if_piped(err, line))
             except TrainingDivergedError as error:
                 if first:
                     err.print(f"gearshift: {error}", soft_wrap=True, highlight=False, markup=False)
@@ -159,12 +160,6 @@ def train(
     else:
         resumed = "" if result.resumed_at is None else f", resumed at step {result.resumed_at}"
         out.print(f"{result.model}: {result.steps} steps{resumed}")
-
-
-def _say_if_piped(line: str) -> None:
-    """On stderr, where no bar can be seen."""
-    if not err.is_terminal:
-        err.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_estimate(recipe: "Recipe", gpus: int | None, gigabytes: float | None) -> None:

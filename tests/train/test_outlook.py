@@ -111,7 +111,9 @@ def test_a_run_begins_with_what_it_will_do(source: Path, tmp_path: Path) -> None
     assert not warned
     (line,) = lines
     assert line.startswith(f"training {source}/model: window, kda learn, ")
-    assert line.endswith(f"in 2 layers; 8 steps in 2 stages, 4 of them done; record: {tmp_path}/run/metrics.jsonl")
+    assert line.endswith(
+        f"in 2 layers; 8 steps (layerwise, stochastic), 4 of them done; record: {tmp_path}/run/metrics.jsonl"
+    )
 
 
 def test_sequences_beyond_the_positions_are_warned_of(source: Path, llama: Path, tmp_path: Path) -> None:

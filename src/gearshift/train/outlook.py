@@ -16,7 +16,7 @@ def outline(recipe: Recipe, distiller: Distiller) -> str:
     kinds = ", ".join(dict.fromkeys(name or "parts outside the mixers" for name in inside))
     parameters = dict(distiller.model.named_parameters())
     learning = sum(parameters[name].numel() for name in distiller.scales)
-    steps = f"{recipe.total_steps:,} steps in {len(recipe.stages)} stages"
+    steps = f"{recipe.total_steps:,} steps ({', '.join(stage.type for stage in recipe.stages)})"
     done = f", {distiller.global_step:,} of them done" if distiller.global_step else ""
     return (
         f"training {recipe.model}: {kinds} learn, {learning:,} parameters in"
