@@ -106,7 +106,11 @@ def test_train_resumes_and_finishes(work: Path, tmp_path: Path) -> None:
     stages = {"type": "layerwise", "steps": 9}, {"type": "stochastic", "steps": 2}
     shown = succeed("train", recipe(work, tmp_path, *stages), "stages.0.steps=2", "seed=3")
     assert shown.stdout.endswith("model: 4 steps\n")
-    first, second = shown.stderr.splitlines()
+    begun, first, second = shown.stderr.splitlines()
+    assert begun.startswith(f"training {work}/supernet: window, gdn, kda learn, ")
+    assert begun.endswith(
+        f" parameters in 4 layers; 4 steps (layerwise, stochastic); record: {tmp_path}/run/metrics.jsonl"
+    )
     assert first == "stage 1/2 layerwise"
     assert second.startswith("step 3/4, stage 2/2 stochastic, loss ")
     assert "finished before" in succeed("train", tmp_path / "recipe.yaml", "stages.0.steps=2", "seed=3").output
@@ -122,7 +126,7 @@ def test_a_run_that_diverges_says_where_in_one_line(work: Path, tmp_path: Path) 
     shown = gearshift("train", recipe(work, tmp_path, {"type": "layerwise", "steps": 9, "learning_rate": 1e30}))
     assert shown.exit_code == 1
     assert "The first bad tensor: the output of model.layers." in shown.output
-    assert shown.stderr.splitlines()[1:] == [shown.stderr.splitlines()[-1]]  # behind the line for the stage
+    assert shown.stderr.splitlines()[2:] == [shown.stderr.splitlines()[-1]]  # behind those for run and stage
     assert not (tmp_path / "run" / "model").exists()
     said = " ".join(succeed("report", tmp_path / "run").output.split())
     assert "of 9 steps (" in said
@@ -221,11 +225,14 @@ def test_a_full_disk_is_a_sentence(work: Path, tmp_path: Path, monkeypatch: pyte
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("gearshift.train.metrics.JsonLines.on_record", full)
+    monkeypatch.setattr("gearshift.train.metrics.StepRecord.to_json", full)
     shown = gearshift("train", recipe(work, tmp_path, {"type": "stochastic", "steps": 1}))
     assert shown.exit_code == 2
-    wanted = "no space is left on a disk that is written to: free some and run the same again"
-    assert wanted in " ".join(shown.output.split())
+    record = tmp_path / "run" / "metrics.jsonl"
+    assert f"gearshift: no space is left for {record}: free some and run the same again" in shown.output
+    monkeypatch.setattr("gearshift.progress.say_if_piped", full)
+    shown = gearshift("train", tmp_path / "recipe.yaml")
+    assert "no space is left on a disk that is written to: free some and run the same again" in shown.output
 
 
 def test_ctrl_c_at_any_time_exits_130(work: Path, tmp_path: Path) -> None:
@@ -243,6 +250,23 @@ def test_ctrl_c_at_any_time_exits_130(work: Path, tmp_path: Path) -> None:
         assert "Traceback" not in said
     assert listing(work) == before
     assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_ctrl_c_that_falls_into_a_finaliser_is_not_lost() -> None:
+    script = """
+import signal, time, gearshift.cli
+class Unlucky:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+def app():
+    Unlucky()
+    time.sleep(50)
+gearshift.cli.app = app
+import gearshift_launcher
+gearshift_launcher.main()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], check=False, stderr=subprocess.PIPE, timeout=45)
+    assert (ended.returncode, ended.stderr) == (130, b"")
 
 
 def test_the_quickstart_on_a_tiny_model(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
+import errno
 from pathlib import Path
 
 import pytest
 
-from gearshift.files import write_whole
+from gearshift.files import write_whole, writing
 
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,3 +38,17 @@ def test_two_that_write_the_same_file_do_not_meet(tmp_path: Path, monkeypatch: p
     write_whole(tmp_path / "a.html", "ours")
     assert (tmp_path / "a.html").read_text() == "ours"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (OSError(errno.ENOSPC, "full"), "here"),
+        (OSError(errno.ENOSPC, "full", "there"), "there"),
+        (OSError(errno.EIO, "of what is read, maybe"), None),
+    ],
+)
+def test_a_full_disk_says_what_there_is_no_room_for(error: OSError, name: str | None) -> None:
+    with pytest.raises(OSError, match=error.strerror) as caught, writing(Path("here")):
+        raise error
+    assert caught.value.filename == name

@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from transformers.utils.logging import disable_progress_bar
 from typer.core import TyperArgument, TyperCommand, TyperOption
+
+from gearshift.files import NO_SPACE
 
 INPUT_AT_FAULT, INTERRUPTED = 2, 130
 _PACKAGE = Path(__file__).parent
@@ -68,6 +73,15 @@ class Command(TyperCommand):
         return spread
 
 
+def interrupt_again(lost: Any) -> None:
+    """A `sys.unraisablehook`: a Ctrl-C that falls into a finaliser, where exceptions are dropped, comes once more."""
+    if lost.exc_type is not KeyboardInterrupt or not hasattr(signal, "pthread_kill"):
+        sys.__unraisablehook__(lost)
+        return
+    with suppress(RuntimeError):  # Python is ending, and starts no threads any more
+        threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+
+
 def _grouped(args: list[str], options: dict[str, TyperOption]) -> list[tuple[str | None, list[str]]]:
     """Each known option with the values up to the next one; None for what stands before the first."""
     groups: list[tuple[str | None, list[str]]] = [(None, [])]
@@ -82,8 +96,6 @@ def _grouped(args: list[str], options: dict[str, TyperOption]) -> list[tuple[str
 
 def sentence(error: Exception) -> str:
     """An error in one sentence, for a person."""
-    from gearshift.formats.writer import NO_SPACE  # of no use before something went wrong
-
     if isinstance(error, OSError) and error.errno in NO_SPACE:
         where = f" for {error.filename}" if error.filename else " on a disk that is written to"
         return f"no space is left{where}: free some and run the same again"

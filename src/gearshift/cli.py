@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gearshift.arguments import Command, tell_torchrun
+from gearshift.arguments import Command, interrupt_again, tell_torchrun
 
 if TYPE_CHECKING:
     from gearshift.train import Recipe
@@ -127,11 +127,12 @@ def train(
 ) -> None:
     """Distil a supernet by a recipe. Run again, it goes on from its last checkpoint.
 
-    On several GPUs: `torchrun --nproc-per-node N -m gearshift train RECIPE`.
+    On several GPUs: `torchrun --nproc-per-node N -m gearshift train RECIPE`. With --estimate, the exit status is 1 if a
+    stage needs more memory than the device has, where that is known.
     """
     from contextlib import nullcontext
 
-    from gearshift.progress import bar, silent
+    from gearshift.progress import bar, say_if_piped, silent
     from gearshift.train import TrainingDivergedError, load_recipe, show_steps
     from gearshift.train import train as run_recipe
     from gearshift.train.parallel import process_group
@@ -145,7 +146,8 @@ def train(
         settings = load_recipe(recipe, overrides or [])
         with bar(err, "training", settings.total_steps) if first else nullcontext(silent) as advance:
             try:
-                result = run_recipe(settings, show_steps(err, advance, len(settings.stages)))
+                shown = show_steps(err, advance, len(settings.stages))
+                result = run_recipe(settings, shown, begun=lambda line: say_if_piped(err, line))
             except TrainingDivergedError as error:
                 if first:
                     err.print(f"gearshift: {error}", soft_wrap=True, highlight=False, markup=False)
@@ -166,10 +168,12 @@ def _print_estimate(recipe: "Recipe", gpus: int | None, gigabytes: float | None)
     with err.status("estimating"):
         stages = estimate(recipe, gpus)
         memory = device_memory(recipe, gpus) if gigabytes is None else round(gigabytes * 1e9)
-        sentences = remarks(stages) + ([] if memory is None else advice(recipe, stages, memory, gpus))
+        too_large = [] if memory is None else advice(recipe, stages, memory, gpus)
     out.print(table(stages, memory))
-    for sentence in sentences:
+    for sentence in (*remarks(stages), *too_large):
         out.print(sentence)
+    if too_large:
+        raise typer.Exit(1)
 
 
 @app.command(cls=Command)
@@ -382,6 +386,7 @@ def generate(
 
 def main() -> None:
     """The `gearshift` command."""
+    sys.unraisablehook = interrupt_again
     app()
 
 

@@ -160,13 +160,17 @@ def export_adapters(model: str | Path, out: str | Path, overwrite: bool = False)
 def load(source: str | Path, dtype: str | None = None) -> tuple[GearshiftForCausalLM, Any]:
     """A model of any format in memory, in evaluation mode, and its tokenizer. Gearshift folders load as they are."""
     checkpoint = open_checkpoint(source)
-    wanted = getattr(torch, dtype or checkpoint.native.dtype)
+    return load_model(checkpoint, dtype or checkpoint.native.dtype).eval(), load_tokenizer(checkpoint)
+
+
+def load_model(checkpoint: Checkpoint, dtype: str = "auto") -> GearshiftForCausalLM:
+    """The model of a checkpoint of any format, in memory. Of dtype `auto`, its weights are as they are stored."""
     if checkpoint.format.name == "gearshift":
         # Its config as it was understood: the file may have an older layout.
-        model = GearshiftForCausalLM.from_pretrained(checkpoint.path, config=_config(checkpoint.native), dtype=wanted)
-    else:
-        model = _in_memory(checkpoint).to(wanted)
-    return model.eval(), load_tokenizer(checkpoint)
+        config = _config(checkpoint.native)
+        return GearshiftForCausalLM.from_pretrained(checkpoint.path, config=config, dtype=dtype)
+    model = _in_memory(checkpoint)
+    return model if dtype == "auto" else model.to(getattr(torch, dtype))
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -73,6 +73,12 @@ def bar(console: Console, what: str, total: float) -> Iterator[Bar]:
             _open.reset(token)
 
 
+def say_if_piped(console: Console, line: str) -> None:
+    """Print a line where no bar can be seen."""
+    if not console.is_terminal:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
 def _mover(progress: Progress, task: TaskID) -> Bar:
     def move(amount: float, note: str | None = None) -> None:
         if note is not None:

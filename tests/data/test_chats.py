@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ WITHOUT_PROMPT = (
     "{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else m.content + '#' }}{% endfor %}"
 )
 FORGETFUL = "{% for m in messages %}{{ '<' + m.role[0] + '>' + (m.content if loop.last else '') + '#' }}{% endfor %}"
+CALLING = PLAIN.replace("m.content", "(m.content or '') + (m.tool_calls[0].function.name if m.tool_calls else '')")
 NOTHING = ord("_") - 32
 STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('the user must begin') }}{% endif %}" + PLAIN
 
@@ -96,6 +98,32 @@ def test_share_gpt_and_tables_say_the_same(tmp_path: Path) -> None:
         assert [piece.text for piece in Files(tmp_path, field, renderer).pieces()] == [ours[0]]
 
 
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def test_a_content_in_parts_is_one_text() -> None:
+    value = [{"role": "user", "content": parts("h", "i")}, {"role": "assistant", "content": parts("ho")}]
+    assert rendered(value) == rendered(chat("u:hi", "a:ho"))
+    assert rendered([{"from": "human", "value": parts("hi")}, *value[1:]]) == rendered(value)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"role": "assistant", "content": None}, {"role": "assistant"}, {"from": "gpt", "value": None}],
+    ids=["null", "none", "ShareGPT"],
+)
+def test_a_turn_that_only_calls_tools_is_rendered_as_transformers_does(said: dict[str, Any]) -> None:
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {}}}]
+    value = [*chat("u:1+1"), {**said, "tool_calls": calls}, *chat("t:2", "a:two")]
+    text, counted = rendered(value, CALLING)
+    plain = [*value[:1], {"role": "assistant", "content": None, "tool_calls": calls}, *value[2:]]
+    assert text == tokenizer(CALLING).apply_chat_template(plain, tokenize=False)
+    assert counted == ["add#", "two#"]
+    with pytest.raises(ValueError, match=r"here: the chat template cannot render .* 'content'; mend the chat, or give"):
+        rendered(value)
+
+
 def test_a_dataset_of_chats(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     write(tmp_path / "train.jsonl", chat("u:hi", "a:ho"), chat("u:x", "a:y"))
@@ -126,6 +154,9 @@ def test_a_long_chat_is_cut_and_one_without_an_answer_left_out(tmp_path: Path, c
         made = corpus(tmp_path, chat("u:1", "a:2"), long, late, chat("u:3"), length=16)
     assert [text for text, _, _ in rows(made)] == ["<u>1#\n<a>2#\n||||", "<u>12#\n<a>xxxxxx"]
     assert "of 3 chats, 1 are cut after 16 tokens, and 1 are left out because" in caplog.text
+    caplog.clear()
+    assert len(corpus(tmp_path, chat("u:1", "a:2"), long, length=16, quiet=True)) == 2
+    assert not caplog.text
     with pytest.raises(ValueError, match=r"in every chat in .*chats.jsonl, the assistant speaks only after 16 tokens"):
         corpus(tmp_path, late, length=16)
 
@@ -218,7 +249,18 @@ def test_other_marks_on_the_same_text_are_other_data(tmp_path: Path) -> None:
         ),
         ([{"content": "x"}], PLAIN, "has the role None"),
         ([{"role": "user"}], PLAIN, "message 0 of 'messages' has a content that is not a text but null"),
-        ([{"role": "user", "content": ["x"]}], PLAIN, "has a content that is not a text but list"),
+        ([{"role": "user", "content": ["x"]}], PLAIN, "has a content in parts, of which one is no text but str: only"),
+        (
+            [{"role": "user", "content": [*parts("x"), {"type": "image_url", "image_url": "y"}]}],
+            PLAIN,
+            r"line 1: message 0 .* one is no text but of type 'image_url': only text can be learnt, so take",
+        ),
+        ([{"role": "user", "content": 3}], PLAIN, "has a content that is not a text but int"),
+        (
+            [{"role": "assistant", "content": None, "tool_calls": []}],
+            PLAIN,
+            "has a content that is not a text but null",
+        ),
         (chat("a:x", "u:y"), STRICT, "the chat template cannot render 'messages': the user must begin"),
         (chat("u:x", "a:y", "u:z"), FORGETFUL, r"what leads up to message 1 otherwise.* chat_template in the recipe"),
         (chat("u:x"), PLAIN, "there is no chat in .*: all that it holds has no turn of the assistant"),

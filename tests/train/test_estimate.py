@@ -295,13 +295,16 @@ def test_the_command_prints_a_table_and_starts_nothing(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     shown = CliRunner().invoke(app, ["train", str(path), "--estimate", "--memory", "0.0001"])
-    assert shown.exit_code == 0, shown.output
+    assert shown.exit_code == 1, shown.output
     assert shown.stderr == ""
     assert "layerwise" in shown.output
     assert "optimiser" in shown.output
     assert "the model has no preset fast" in shown.output
     assert "the device has" in shown.output
     assert not (tmp_path / "run").exists()
+    shown = CliRunner().invoke(app, ["train", str(path), "--estimate", "--memory", "10"])
+    assert shown.exit_code == 0, shown.output
+    assert "the device has" not in shown.output
 
 
 def test_on_a_terminal_the_command_shows_that_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -338,7 +340,8 @@ class Second(Callback):
         self.refused = 0
 
     def on_record(self, record: Record) -> None:
-        with pytest.raises(ValueError, match=r"another run writes to .* now: wait for it, or choose another"):
+        said = rf"another run writes to .* now \(process {os.getpid()} on .*\): wait for it, or choose another"
+        with pytest.raises(ValueError, match=said):
             train(self.settings)
         self.refused += 1
 
@@ -360,3 +363,15 @@ def test_a_full_disk_is_called_by_its_name(source: Path, tmp_path: Path, monkeyp
     with pytest.raises(OSError, match="a checkpoint could not be written") as caught:
         train(recipe(source, tmp_path / "run"))
     assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_for_the_model_is_named(source, tmp_path, monkeypatch, number: int) -> None:
+    def fail(*given: Any, **more: Any) -> None:
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+
+    monkeypatch.setattr("gearshift.model.GearshiftForCausalLM.save_pretrained", fail)
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        train(recipe(source, tmp_path / "run", stages=[{"type": "stochastic", "steps": 1}]))
+    assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path / "run" / "model"))
+    assert next((tmp_path / "run" / "checkpoints").iterdir())

@@ -12,6 +12,8 @@ from gearshift.data.readers import Spans
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHARE_GPT = {"human": "user", "gpt": "assistant"}
 """The roles that ShareGPT calls otherwise."""
+CALLS = ("tool_calls", "function_call")
+"""What an assistant may say in place of a content."""
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """Where a template itself says what the assistant generates."""
 ADVICE = "give a template file as chat_template in the recipe"
@@ -50,7 +52,9 @@ class ChatTemplate:
             return self._marked(messages) if MARKER.search(self.template) else self._compared(messages)
         except (TemplateError, TypeError, _UnsteadyTemplateError) as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(f"{where}: the chat template cannot render {field!r}: {said[0]}") from None
+            raise ValueError(
+                f"{where}: the chat template cannot render {field!r}: {said[0]}; mend the chat, or {ADVICE}"
+            ) from None
 
     def _marked(self, messages: list[Message]) -> tuple[str, Spans]:
         """By the template's own marks."""
@@ -69,7 +73,7 @@ class ChatTemplate:
                 if not (after.startswith(before) and whole.startswith(after[:end])):
                     raise _UnsteadyTemplateError(
                         f"it writes what leads up to message {number} otherwise once more has been said, so the"
-                        f" assistant's turn cannot be found; {ADVICE}, one with {{% generation %}} marks, say"
+                        " assistant's turn cannot be found without {% generation %} marks"
                     )
                 spans.append((len(before), end))
         return whole, spans
@@ -98,14 +102,30 @@ def _message(given: Any, where: str) -> Message:
     # Tables have every key in every row: what a message does not have is null there.
     message = {key: value for key, value in given.items() if value is not None}
     if "from" in message and "role" not in message:
-        message["role"], message["content"] = message.pop("from"), message.pop("value", None)
+        message = {{"from": "role", "value": "content"}.get(key, key): value for key, value in message.items()}
     role, content = message.get("role"), message.get("content")
     role = SHARE_GPT.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise ValueError(f"{where} has the role {role!r}: known are {', '.join((*ROLES, *SHARE_GPT))}")
+    if content is None and role == "assistant" and any(message.get(key) for key in CALLS):
+        return {**message, "role": role}  # without a content, as transformers renders it
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        content = _joined(content, where)
     if not isinstance(content, str):
         raise ValueError(f"{where} has a content that is not a text but {_kind(content)}")
-    return {**message, "role": role}
+    return {**message, "role": role, "content": content}
+
+
+def _joined(parts: Sequence[Any], where: str) -> str:
+    """The text of a content in parts, with nothing between them, as templates that know parts write it."""
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = f"of type {part.get('type')!r}" if isinstance(part, Mapping) else _kind(part)
+            raise ValueError(
+                f"{where} has a content in parts, of which one is no text but {kind}: only text can be learnt, so take"
+                " such parts or chats out"
+            )
+    return "".join(part["text"] for part in parts)
 
 
 def _kind(value: Any) -> str:

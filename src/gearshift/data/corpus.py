@@ -223,22 +223,23 @@ def open_chats(
     length: int,
     boundaries: Boundaries = "joined",
     cache: str | Path | None = None,
+    quiet: bool = False,
 ) -> Corpus:
     """The chats of `sources`, rendered by the tokenizer's chat template, in sequences of `length` tokens.
 
-    What the assistant says is marked as what is to be learnt. Says on stderr how many chats are too long. ValueError if
-    a source cannot be read, or if the tokenizer has no chat template.
+    What the assistant says is marked as what is to be learnt. Unless it is to be `quiet`, says on stderr how many chats
+    are too long. ValueError if a source cannot be read, or if the tokenizer has no chat template.
     """
     template = ChatTemplate(tokenizer)
     padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     cuts = []
     for source in sources:
         file = tokenised(source.reader(template), tokenizer, cache)
-        cuts.append(ChatCut(file, length, rows=chat_rows(file, length), padding=padding))
+        cuts.append(ChatCut(file, length, rows=chat_rows(file, length, quiet), padding=padding))
     return Corpus(cuts, shares([source.weight for source in sources]), boundaries)
 
 
-def chat_rows(file: TokenFile, length: int) -> np.ndarray:
+def chat_rows(file: TokenFile, length: int, quiet: bool = False) -> np.ndarray:
     """Which tokens of a file of chats each sequence of `length` takes, as in `ChatCut`.
 
     Chats of which nothing is left to learn are left out. ValueError if that is all of them.
@@ -257,7 +258,7 @@ def chat_rows(file: TokenFile, length: int) -> np.ndarray:
         else:
             lost += 1
         chat = max(after, chat + 1)
-    if cut or lost:
+    if (cut or lost) and not quiet:
         _log.warning(
             "%s: of %d chats, %d are cut after %d tokens, and %d are left out because the assistant speaks only after"
             " that", file.name, len(ends), cut, length, lost,

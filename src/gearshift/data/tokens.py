@@ -17,6 +17,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from gearshift.data.readers import Piece, Reader, Spans
+from gearshift.files import writing
 from gearshift.locks import release
 from gearshift.plan.ahead import made_ahead
 from gearshift.progress import Advance, bar
@@ -99,7 +100,7 @@ def _write(reader: Reader, tokenizer: Any, target: Path) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     try:
-        with bar(Console(stderr=True), f"tokenising {reader.name}", reader.size) as advance:
+        with writing(target), bar(Console(stderr=True), f"tokenising {reader.name}", reader.size) as advance:
             facts = _write_tokens(reader, tokenizer, fresh, advance)
         if not facts["tokens"]:
             what = ("text", "is empty") if reader.chats is None else ("chat", "has no turn of the assistant")

@@ -1,11 +1,11 @@
 """Writing a checkpoint folder: whole or not at all, and resumable."""
 
-import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gearshift.files import NO_SPACE
 from gearshift.formats.documents import write_json
 from gearshift.plan import Plan
 from gearshift.plan.execute import PROGRESS_FILE, Source, execute
@@ -13,8 +13,6 @@ from gearshift.plan.execute import PROGRESS_FILE, Source, execute
 SHARD_BYTES = 5_000_000_000
 _SLACK_BYTES = 50_000_000
 """Beside the tensors: headers, config, tokenizer."""
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-"""What a full disk, or one's share of it, is called."""
 
 
 def write_checkpoint(

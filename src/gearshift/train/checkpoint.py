@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from gearshift.files import write_whole, writing
 from gearshift.train.loop import Distiller, Progress
 from gearshift.train.parallel import ALONE
 
@@ -126,19 +127,23 @@ class Checkpoints:
                     shutil.rmtree(path)
 
 
-def learnt(path: Path) -> set[str]:
-    """The names of the parameters in the checkpoint `path`. ValueError if it cannot be read."""
-    return _learnt(_names(path))
+def learnt(path: Path) -> dict[str, str]:
+    """Of the parameters in the checkpoint `path`, the key of what a stage would end on: of the average if there is one.
+
+    ValueError if it cannot be read.
+    """
+    written = _names(path)
+    return {name: (AVERAGE if AVERAGE + name in written else WEIGHT) + name for name in _learnt(written)}
 
 
 def _learnt(names: set[str]) -> set[str]:
     return {name.removeprefix(WEIGHT) for name in names if name.startswith(WEIGHT)}
 
 
-def read_learnt(path: Path, name: str, shape: tuple[int, ...]) -> Tensor:
-    """One parameter of the checkpoint `path`, put together from its shards, in float32 on the CPU."""
+def read_learnt(path: Path, key: str, shape: tuple[int, ...]) -> Tensor:
+    """What the checkpoint `path` holds under `key`, put together from its shards, in float32 on the CPU."""
     whole = torch.empty(shape)
-    _load({WEIGHT + name: whole}, path, alone=True)
+    _load({key: whole}, path, alone=True)
     return whole
 
 
@@ -146,7 +151,7 @@ def _start(fresh: Path, progress: dict[str, Any]) -> None:
     """A new folder for a checkpoint of a run that is at `progress`."""
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    (fresh / "progress.json").write_text(json.dumps(progress))
+    write_whole(fresh / "progress.json", json.dumps(progress))
 
 
 def _weights(distiller: Distiller) -> dict[str, Tensor]:
@@ -206,7 +211,8 @@ def _causes(written: Path | None = None) -> Iterator[None]:
         if written is not None and "inline_container" in str(cause):
             # Torch's writer of archives says that a write fell short, and keeps the reason to itself.
             raise OSError(errno.ENOSPC, "a checkpoint could not be written", str(written)) from None
-        raise cause from None
+        with nullcontext() if written is None else writing(written):
+            raise cause from None
 
 
 class replacing:  # noqa: N801 - reads as a verb

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from gearshift.files import write_whole
+from gearshift.files import write_whole, writing
 from gearshift.progress import Bar
 from gearshift.records import parse_record
 from gearshift.spec import Placement
@@ -193,11 +193,13 @@ class JsonLines(Callback):
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def on_record(self, record: Record) -> None:
-        self._file.write(record.to_json() + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(record.to_json() + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self.path):
+            self._file.close()
 
 
 def _lines_before(path: Path, stage: int, step: int) -> list[str]:

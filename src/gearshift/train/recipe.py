@@ -290,7 +290,8 @@ class Recipe(DistillationSettings):
     output: str
     """The folder for the run: its record, its checkpoints and, at the end, the model."""
     teacher: str = "self"
-    """`self`: the model under its main placement. Or the folder of a reference model of the same shape."""
+    """`self`: the model under its main placement. Or a reference model of the same shape and of any format: a folder, a
+    .gguf file or a name on the hub."""
     text: str | None = None
     """A file, or a folder: short for one source of `data`. With neither, the English text that every Python carries."""
     data: tuple[DataSource, ...] | None = Field(default=None, min_length=1)

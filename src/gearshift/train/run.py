@@ -1,5 +1,7 @@
 """A training run: from a recipe to a folder with a trained model, through interruptions."""
 
+import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +9,16 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from gearshift.conversion import load_model
 from gearshift.data import Corpus, TokenSequences, open_chats, open_corpus, read_text
-from gearshift.formats import FORMATS, HUB_NAME, NativeConfig, hub_folder
+from gearshift.files import NO_SPACE, writing
+from gearshift.formats import FORMATS, HUB_NAME, NativeConfig, hub_folder, open_checkpoint
 from gearshift.formats.documents import read_json, write_json
-from gearshift.locks import release
+from gearshift.locks import holder, release, take
 from gearshift.model import GearshiftConfig, GearshiftForCausalLM
 from gearshift.settings import read_again
 from gearshift.train.checkpoint import Checkpoints, replacing
@@ -21,6 +26,7 @@ from gearshift.train.engine import Precision
 from gearshift.train.guard import TrainingDivergedError
 from gearshift.train.loop import Distiller
 from gearshift.train.metrics import Callback, JsonLines, Record, StageEndRecord, StepRecord, StoppedRecord
+from gearshift.train.outlook import outline, remarks
 from gearshift.train.parallel import ALONE, Parallel, parallelise, process_group
 from gearshift.train.recipe import Recipe
 from gearshift.train.trackers import check_trackers, make_trackers
@@ -56,7 +62,10 @@ class TrainResult:
 
 
 def train(
-    recipe: Recipe, progress: Callable[[Record], None] | None = None, callbacks: Sequence[Callback] = ()
+    recipe: Recipe,
+    progress: Callable[[Record], None] | None = None,
+    callbacks: Sequence[Callback] = (),
+    begun: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """Carry out a recipe: load, train, checkpoint, and at the end write the model to `model` in the output folder.
 
@@ -68,6 +77,7 @@ def train(
         recipe: what to do.
         progress: called with every record as it is made; of several processes, on the first alone.
         callbacks: the same, and told of the end.
+        begun: called before the first step, with a line on what is to be done; of several processes, on the first.
 
     Raises ValueError if something the recipe names is not there or does not fit, or if the output folder holds a run
     of another recipe, or another process that writes to it.
@@ -75,13 +85,17 @@ def train(
     lock = FileLock(Path(recipe.output) / ".lock")
     try:
         with process_group():
-            return _train(recipe, progress, callbacks, lock)
+            return _train(recipe, progress, callbacks, begun, lock)
     finally:
         release(lock)
 
 
 def _train(
-    recipe: Recipe, progress: Callable[[Record], None] | None, callbacks: Sequence[Callback], lock: FileLock
+    recipe: Recipe,
+    progress: Callable[[Record], None] | None,
+    callbacks: Sequence[Callback],
+    begun: Callable[[str], None] | None,
+    lock: FileLock,
 ) -> TrainResult:
     output = Path(recipe.output)
     finished = output / "model"
@@ -97,6 +111,11 @@ def _train(
     checkpoints = Checkpoints(output / "checkpoints", background=device.type == "cuda")
     resumed = checkpoints.restore(distiller)
     at = distiller.global_step
+    if parallel.is_first:
+        for sentence in remarks(recipe, distiller):
+            warnings.warn(sentence, stacklevel=1)
+        if begun is not None:
+            begun(outline(recipe, distiller))
     takers: list[Callback] = []
     try:
         if parallel.is_first:
@@ -159,7 +178,7 @@ def _prepare(
     parallel.place(model, device, half)
     teacher = None
     if recipe.teacher != "self":
-        teacher = _load(_folder(recipe.teacher)).requires_grad_(False)
+        teacher = _load_teacher(recipe.teacher).requires_grad_(False)
         parallel.place(teacher, device, half)
     tokenizer = _tokenizer(folder)
     if recipe.chat_template is not None:
@@ -168,7 +187,8 @@ def _prepare(
     kinds = {stage.reads_chats for stage in recipe.stages}
     text, held_out = _divided(open_corpus(recipe.sources, *settings) if False in kinds else None, recipe.held_out)
     chats, held_out_chats = _divided(
-        open_chats(recipe.chats or (), *settings) if True in kinds else None, recipe.held_out
+        open_chats(recipe.chats or (), *settings, quiet=not parallel.is_first) if True in kinds else None,
+        recipe.held_out,
     )
     distiller = Distiller(model, text, recipe, teacher, held_out, chats, held_out_chats, parallel)
     return distiller, tokenizer, dtypes, " ".join(corpus.digest() for corpus in (text, chats) if corpus is not None)
@@ -200,11 +220,26 @@ def _load(folder: Path) -> GearshiftForCausalLM:
     """A model as it was stored, on the CPU."""
     config = folder / "config.json"
     if config.is_file() and read_json(config).get("model_type") != GearshiftConfig.model_type:
-        raise ValueError(f"{folder} is no Gearshift model: make one of it with `gearshift convert {folder} OUT`")
+        raise ValueError(
+            f"{folder} is no Gearshift model: make one of it, with mixers that learn, with"
+            f" `gearshift convert {folder} OUT --surgery FILE`"
+        )
     try:
         return GearshiftForCausalLM.from_pretrained(folder, dtype="auto")
     except OSError as error:
         raise ValueError(f"no model can be loaded from {str(folder)!r}: {str(error).splitlines()[0]}") from None
+
+
+def _load_teacher(name: str) -> GearshiftForCausalLM:
+    """A reference model of any format, as it was stored, on the CPU. ValueError if there is none, or no weights."""
+    file = Path(name)
+    try:
+        checkpoint = open_checkpoint(file if file.is_file() else _folder(name))
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
+    if not checkpoint.source.schema:
+        raise ValueError(f"the teacher {name} has no weights: name a model")
+    return load_model(checkpoint)
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -220,8 +255,14 @@ def _write(model: GearshiftForCausalLM, weights: Mapping[str, Tensor], tokenizer
         whole = GearshiftForCausalLM(model.config)
     whole.load_state_dict(weights, assign=True)
     whole.tie_weights()
-    with replacing(target) as folder:
-        whole.save_pretrained(folder)
+    with writing(target), replacing(target) as folder:
+        try:
+            whole.save_pretrained(folder)
+        except SafetensorError as error:
+            for number in NO_SPACE:
+                if f"(os error {number})" in str(error):  # safetensors tells in words alone
+                    raise OSError(number, os.strerror(number)) from None
+            raise
         tokenizer.save_pretrained(folder)
         config = folder / "config.json"
         write_json(config, NativeConfig.from_json_dict(read_json(config)).to_json_dict())
@@ -279,7 +320,9 @@ def _claim(recipe: Recipe, output: Path, text: str, lock: FileLock) -> bool:
     elif read_json(path)["text"] != text:
         raise ValueError(f"the text has changed since the run in {output} began: choose another output folder")
     try:
-        lock.acquire(blocking=False)
+        take(lock)
     except Timeout:
-        raise ValueError(f"another run writes to {output} now: wait for it, or choose another output folder") from None
+        raise ValueError(
+            f"another run writes to {output} now{holder(lock)}: wait for it, or choose another output folder"
+        ) from None
     return (output / "model").exists()

@@ -25,13 +25,16 @@ def open_run(folder: Path) -> Checkpoint:
 
 
 class _Learnt:
-    """The tensors of `base`, and in place of those that learn what the checkpoint `shards` holds, in the same dtype."""
+    """The tensors of `base`, and in place of those that learn what the checkpoint `shards` holds, in the same dtype.
+
+    Of parameters that are averaged, the average: what the run would write if its stage ended here.
+    """
 
     def __init__(self, base: Source, shards: Path):
         self._base = base
         self._shards = shards
-        self._names = learnt(shards)
-        if missing := self._names - base.schema.keys():
+        self._keys = learnt(shards)
+        if missing := self._keys.keys() - base.schema.keys():
             raise ValueError(f"the model that the run started from has changed: it has no {min(missing)!r} any more")
         self._last: tuple[str, Tensor] | None = None
 
@@ -40,10 +43,10 @@ class _Learnt:
         return self._base.schema
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
-        if name not in self._names:
+        if name not in self._keys:
             return self._base.read(name, box)
         if self._last is None or self._last[0] != name:
             info = self.schema[name]
-            self._last = name, read_learnt(self._shards, name, info.shape).to(getattr(torch, info.dtype))
+            self._last = name, read_learnt(self._shards, self._keys[name], info.shape).to(getattr(torch, info.dtype))
         tensor = self._last[1]
         return tensor if box is None else tensor[tuple(slice(*bounds) for bounds in box)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gearshift.formats import HUB_NAME, NativeConfig, hub_folder
+from gearshift.formats import HUB_NAME, NativeConfig, hub_folder, open_checkpoint
 from gearshift.formats.spec_file import read_native
 from gearshift.model.schema import skeleton
 from gearshift.spec import ModelSpec, Placement
@@ -96,7 +96,7 @@ def model_config(name: str) -> NativeConfig:
     """
     path = Path(name)
     if path.is_file():
-        return read_native(path)
+        return open_checkpoint(path).native if path.suffix == ".gguf" else read_native(path)
     if (path / "config.json").is_file():
         return read_native(path / "config.json")
     why = f"there is no config of {name!r}"
