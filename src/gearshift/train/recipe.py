@@ -106,7 +106,7 @@ class LayerwiseStage(StageSettings):
 
     type: Literal["layerwise"] = "layerwise"
     """Always `layerwise`."""
-    learning_rate: Rate = 1e-3
+    learning_rate: Rate = 2e-3
     """The highest learning rate of the stage."""
     calibration: Literal["none", "scale", "ridge"] = "ridge"
     """How the new mixers' output projections are fitted before the first step: not at all, by one factor, or whole."""
