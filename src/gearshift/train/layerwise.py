@@ -182,7 +182,8 @@ class LayerwiseRun(StageRun):
         """Each mixer's by themselves: a spike in one must not slow the others."""
         if self.joins_gradients:
             return ([joined.whole] for joined in self._gradients.values())
-        return map(gradients_of, dict.fromkeys(mixer for mixers in self.students for mixer in mixers.values()))
+        students = dict.fromkeys(mixer for mixers in self.students for mixer in mixers.values())
+        return (gradients_of(mixer.parameters()) for mixer in students)
 
     def forget_gradients(self) -> None:
         if self.joins_gradients:

@@ -200,14 +200,14 @@ class Distiller:
         norm = clip(gradients, settings.optimiser.clip_norm, self.parallel)
         if terms:
             guarded_step(self.optimiser, norm, *terms.values())
-        # Nothing was read back before this: on a GPU, all of the step has been launched.
+        run.forget_gradients()
+        # Nothing was read back before this: on a GPU, all of the step has been launched, and what comes is waited for.
         said = {"loss": None, "terms": {}} if terms is None else run.describe(_read(terms))
         if terms:
             self._check(said["loss"], "loss", batch, parts)
         self._check(float(norm), "norm of the gradients", batch, parts)
         if self.average is not None:
             self.average.update()
-        run.forget_gradients()
         self.progress.step += 1
         return StepRecord(
             stage=index,

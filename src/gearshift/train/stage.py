@@ -1,7 +1,8 @@
 """What the two stages have in common: a model, a teacher, a precision, and what a part of a step's batch teaches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -90,10 +91,16 @@ class StageRun(ABC):
         """The gradients there are, in groups that are clipped together."""
 
     def forget_gradients(self) -> None:
-        """Begin a step without any."""
-        self.model.zero_grad(set_to_none=True)
+        """Begin the next step without any."""
+        for parameter in self.learning:
+            parameter.grad = None
+
+    @cached_property
+    def learning(self) -> list[nn.Parameter]:
+        """The parameters that learn. A large model takes milliseconds to look for them."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
-def gradients_of(module: nn.Module) -> list[Tensor]:
-    """Those that the parameters of `module` have."""
-    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+def gradients_of(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Those that some of `parameters` have."""
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -100,16 +100,20 @@ class StochasticRun(StageRun):
 
     def _learns(self, placement: Placement) -> bool:
         """Whether any parameter that runs under `placement` learns."""
-        mixers = (block.mixer_named(name) for block, name in zip(self.model.model.blocks, placement, strict=True))
-        own = any(parameter.requires_grad for mixer in mixers for parameter in mixer.parameters())
+        own = any(name in learning for name, learning in zip(placement, self._learning_mixers, strict=True))
         return own or self._shared_learn
 
     @property
     def _can_learn(self) -> bool:
         """Whether any parameter learns that runs under a placement of the stage's sampling."""
         drawn = self.stage.sampling.possible(self.choices, self.presets)
-        learning = (block.learning for block in self.model.model.blocks)
-        return self._shared_learn or any(names & own.keys() for names, own in zip(drawn, learning, strict=True))
+        pairs = zip(drawn, self._learning_mixers, strict=True)
+        return self._shared_learn or any(names & learning for names, learning in pairs)
+
+    @cached_property
+    def _learning_mixers(self) -> list[frozenset[str]]:
+        """For each layer, the names of its mixers that learn."""
+        return [frozenset(block.learning) for block in self.model.model.blocks]
 
     @cached_property
     def _shared_learn(self) -> bool:
@@ -225,7 +229,7 @@ class StochasticRun(StageRun):
         return {"placement": self.placement(step)}
 
     def gradients(self) -> Iterator[list[Tensor]]:
-        yield gradients_of(self.model)
+        yield gradients_of(self.learning)
 
 
 def _targeted(values: Tensor, batch: Batch) -> Tensor:
