@@ -200,7 +200,8 @@ class Distiller:
         norm = clip(gradients, settings.optimiser.clip_norm, self.parallel)
         if terms:
             guarded_step(self.optimiser, norm, *terms.values())
-        run.forget_gradients()
+        if self.average is None:  # which looks at them, once the step has proved good
+            run.forget_gradients()
         # Nothing was read back before this: on a GPU, all of the step has been launched, and what comes is waited for.
         said = {"loss": None, "terms": {}} if terms is None else run.describe(_read(terms))
         if terms:
@@ -208,6 +209,7 @@ class Distiller:
         self._check(float(norm), "norm of the gradients", batch, parts)
         if self.average is not None:
             self.average.update()
+            run.forget_gradients()
         self.progress.step += 1
         return StepRecord(
             stage=index,
