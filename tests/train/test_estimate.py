@@ -211,6 +211,19 @@ def test_compiled_steps_keep_less(tmp_path: Path) -> None:
     assert 0.5 * plain < compiled < 0.95 * plain
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("length", "name", "took"),
+    [(32768, "layerwise", 4.21), (32768, "stochastic", 19.78), (32768, "recompute", 3.94), (131072, "layerwise", 9.10)],
+)
+def test_long_sequences_on_an_h200(length: int, name: str, took: float) -> None:
+    """GB, by `benchmarks/memory.py` with torch 2.11."""
+    more = {"sequence_length": length, "batch_size": 1, "device": "cuda", "compile": True, "cuda_graphs": False}
+    model = str(RECIPES / "smollm2-135m" / "model.yaml")
+    recipe = Recipe(model=model, output="-", stages=(STAGES[name],), **more)
+    assert estimate(recipe)[0].total / 1e9 == pytest.approx(took, rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("length", "name", "took"),
     [
