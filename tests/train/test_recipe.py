@@ -44,7 +44,7 @@ def test_a_recipe_is_read_with_its_defaults(path: Path) -> None:
     layerwise, stochastic = recipe.stages
     assert isinstance(layerwise, LayerwiseStage)
     assert isinstance(stochastic, StochasticStage)
-    assert (layerwise.learning_rate, stochastic.learning_rate) == (1e-3, 5e-4)
+    assert (layerwise.learning_rate, stochastic.learning_rate) == (2e-3, 5e-4)
     assert stochastic.losses.cross_entropy == 0.1
     assert isinstance(stochastic.sampling, PresetSampling)
     assert isinstance(stochastic.sampling.otherwise, AllocationSampling)
