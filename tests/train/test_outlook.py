@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec
 from gearshift.conversion import export
-from gearshift.train import Recipe, train
+from gearshift.data import TokenSequences
+from gearshift.train import Distiller, Recipe, SftStage, train
 from gearshift.train.checkpoint import AVERAGE, WEIGHT, Checkpoints, read_learnt
 from gearshift.train.estimate import estimate
+from gearshift.train.outlook import outline
 from tests.formats import gguf_files
-from tests.models import supernet_spec
+from tests.models import ATTENTION, supernet_spec, tokens
 from tests.train.processes import run_processes
 from tests.train.test_run import Interrupt, recipe, timeless
 
@@ -114,6 +117,20 @@ def test_a_run_begins_with_what_it_will_do(source: Path, tmp_path: Path) -> None
     assert line.endswith(
         f"in 2 layers; 8 steps (layerwise, stochastic), 4 of them done; record: {tmp_path}/run/metrics.jsonl"
     )
+
+
+def test_the_only_mixer_of_a_layer_is_named_too() -> None:
+    block = {"mixer": ATTENTION, "mlp": {"type": "gated", "intermediate_size": 40}}
+    decoder = {"num_layers": 2, "pattern": ["block"], "blocks": {"block": block}}
+    spec = ModelSpec.model_validate({"vocab_size": 61, "hidden_size": 24, "max_positions": 128, "decoder": decoder})
+    rates = {"*.o_proj.*": 1.0, "lm_head.*": 1.0}
+    settings = Recipe(
+        model="m", output="o", stages=(SftStage(steps=3),), chats=({"path": "c"},), learning_rate_scales=rates
+    )
+    chats = TokenSequences(tokens(8, 20), None, torch.ones(8, 20, dtype=torch.bool))
+    line = outline(settings, Distiller(GearshiftForCausalLM(GearshiftConfig(spec)), None, settings, chats=chats))
+    count = 2 * 24 * 32 + 61 * 24
+    assert line.startswith(f"training m: attention, parts outside the mixers learn, {count:,} parameters in 2 layers;")
 
 
 def test_sequences_beyond_the_positions_are_warned_of(source: Path, llama: Path, tmp_path: Path) -> None:

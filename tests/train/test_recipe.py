@@ -13,9 +13,11 @@ from gearshift.train import (
     LayerwiseStage,
     PresetSampling,
     Recipe,
+    SftStage,
     StochasticStage,
     load_recipe,
 )
+from gearshift.train.recipe import StageSettings
 
 RECIPE = """
 model: supernet
@@ -169,3 +171,13 @@ def test_the_training_recipes_of_the_guides_can_be_read(tmp_path: Path, guide: s
     if guide == "data.md":
         assert [source.weight for source in recipes[0].sources] == [3, 1, 6]
         assert [source.field for source in recipes[1].chats] == ["messages", "conversations", "messages"]
+
+
+@pytest.mark.parametrize("settings", [Recipe, LayerwiseStage, StochasticStage, SftStage])
+def test_the_guide_has_every_key_and_the_stages_rates(settings: type[Recipe] | type[StageSettings]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    assert [key for key in settings.model_fields if f"| `{key}` |" not in text] == []
+    if issubclass(settings, StageSettings):
+        fields = settings.model_fields
+        rate = f"{fields['learning_rate'].default:.0e}".replace("e-0", "e-")
+        assert f"{rate} {fields['type'].default}" in text

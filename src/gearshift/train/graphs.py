@@ -101,7 +101,7 @@ class GraphedLayers:
             self._gradients = [torch.zeros(_most_learning(block), device=hidden.device) for block in model.model.blocks]
         self._pool: Pool = torch.cuda.graph_pool_handle()
         self._arenas = [Arena(hidden.device) for _ in range(layers)]
-        self._sizes: dict[tuple[str, str], list[int]] = {}
+        self._sizes: dict[tuple[str, str, tuple[bool, ...]], list[int]] = {}
         self._recorded: dict[tuple[int, str], _Recorded] = {}
 
     def fits(self, hidden: Tensor) -> bool:
@@ -151,7 +151,8 @@ class GraphedLayers:
             with side_stream():
                 for _ in range(WARM_UP):
                     parameters = work.rehearse()
-            kind = spec.layout[layer], name
+            # What is kept depends on which of its parameters learn, and these may be frozen in one layer alone.
+            kind = spec.layout[layer], name, tuple(parameter.requires_grad for parameter in work.mixer.parameters())
             if kind not in self._sizes:
                 self._sizes[kind] = work.sizes(trial, self._pool)
             gradients = JoinedGradients(parameters, self._gradients[layer])

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from gearshift.spec import resolve_placement
 from gearshift.train.loop import Distiller
 from gearshift.train.optim import main_parameters
@@ -12,15 +14,17 @@ from gearshift.train.sampling import SandwichSampling
 
 def outline(recipe: Recipe, distiller: Distiller) -> str:
     """One line: the model, what of it learns, how long, and where the record is."""
-    inside = [name.partition(".mixer.mixers.")[2].partition(".")[0] for name in distiller.scales]
-    kinds = ", ".join(dict.fromkeys(name or "parts outside the mixers" for name in inside))
-    parameters = dict(distiller.model.named_parameters())
-    learning = sum(parameters[name].numel() for name in distiller.scales)
+    model = distiller.model
+    blocks, parameters = model.model.blocks, dict(model.named_parameters())
+    mixers = ((name, block.mixer_named(name)) for block in blocks for name in block.spec.mixers)
+    inside = {parameter: name for name, mixer in mixers for parameter in mixer.parameters()}
+    learning = [parameters[name] for name in distiller.scales]
+    kinds = ", ".join(dict.fromkeys(inside.get(parameter, "parts outside the mixers") for parameter in learning))
     steps = f"{recipe.total_steps:,} steps ({', '.join(stage.type for stage in recipe.stages)})"
     done = f", {distiller.global_step:,} of them done" if distiller.global_step else ""
     return (
-        f"training {recipe.model}: {kinds} learn, {learning:,} parameters in"
-        f" {len(distiller.model.model.blocks)} layers; {steps}{done}; record: {Path(recipe.output) / 'metrics.jsonl'}"
+        f"training {recipe.model}: {kinds} learn, {sum(map(torch.numel, learning)):,} parameters in"
+        f" {len(blocks)} layers; {steps}{done}; record: {Path(recipe.output) / 'metrics.jsonl'}"
     )
 
 
