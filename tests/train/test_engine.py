@@ -5,7 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from gearshift.train.engine import FrozenWeights, Precision
+from gearshift.train import LayerwiseStage
+from gearshift.train.engine import Engine, FrozenWeights, Precision
+from gearshift.train.layerwise import LayerwiseRun
+from gearshift.train.steps import BlockSteps
 from tests.models import supernet, tokens
 from tests.train.test_compiled import learnt
 
@@ -67,3 +70,15 @@ def test_frozen_weights_are_lowered_for_a_while() -> None:
     assert copies[0] == copies[1]  # what is recorded reads them where they were
     with FrozenWeights([model], Precision("none", CPU))():
         assert model.model.blocks[1].mlp.up_proj.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_a_stage_lowers_the_weights_of_narrow_models_until_it_closes(narrow: bool) -> None:
+    model = supernet(layers=1)
+    weight = model.model.blocks[0].mlp.up_proj.weight.requires_grad_(False)
+    engine = Engine(Precision("bfloat16", CPU), BlockSteps(), layer_graphs=narrow)
+    run = LayerwiseRun(model, model, engine, LayerwiseStage(steps=1), seed=0, batch_size=4, part_size=4)
+    with run.frozen():
+        assert weight.dtype == (torch.bfloat16 if narrow else torch.float32)
+    run.close()
+    assert "_lowered" not in vars(run.frozen)

@@ -58,9 +58,13 @@ class FrozenWeights:
         self.models = tuple(models)
         self.precision = precision
 
+    def close(self) -> None:
+        """Give back their memory, which whatever was recorded reads."""
+        self.__dict__.pop("_lowered", None)
+
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Within, the models have them. They keep their memory as long as this object lives."""
+        """Within, the models have them."""
         if not self.precision.enabled:
             yield
             return

@@ -95,6 +95,7 @@ class LayerwiseRun(StageRun):
     def close(self) -> None:
         self._graphed.clear()
         self._gradients.clear()
+        super().close()
 
     def measure(self, batch: Batch) -> Terms:
         """The errors on the teacher's stream, whatever was learnt on: runs of both kinds compare."""

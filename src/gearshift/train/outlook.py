@@ -20,7 +20,8 @@ def outline(recipe: Recipe, distiller: Distiller) -> str:
     inside = {parameter: name for name, mixer in mixers for parameter in mixer.parameters()}
     learning = [parameters[name] for name in distiller.scales]
     kinds = ", ".join(dict.fromkeys(inside.get(parameter, "parts outside the mixers") for parameter in learning))
-    steps = f"{recipe.total_steps:,} steps ({', '.join(stage.type for stage in recipe.stages)})"
+    count = recipe.total_steps
+    steps = f"{count:,} {'step' if count == 1 else 'steps'} ({', '.join(stage.type for stage in recipe.stages)})"
     done = f", {distiller.global_step:,} of them done" if distiller.global_step else ""
     return (
         f"training {recipe.model}: {kinds} learn, {sum(map(torch.numel, learning)):,} parameters in"

@@ -39,7 +39,8 @@ class StageRun(ABC):
         self.precision = engine.precision
         self.steps = engine.steps
         self.graphs = engine.graphs
-        self.frozen = FrozenWeights({model, teacher}, self.precision)
+        # Beside the long kernels of a wide model, the time is not worth the memory.
+        self.frozen = FrozenWeights({model, teacher} if engine.layer_graphs else (), self.precision)
 
     def placement(self, step: int) -> Placement:
         """The placement of step `step`, counted over all stages."""
@@ -82,9 +83,9 @@ class StageRun(ABC):
         """What a record says of step `step` whatever came of it."""
         return {}
 
-    @abstractmethod
     def close(self) -> None:
         """Give back the memory of what was recorded."""
+        self.frozen.close()
 
     @abstractmethod
     def gradients(self) -> Iterator[list[Tensor]]:

@@ -79,6 +79,7 @@ class StochasticRun(StageRun):
 
     def close(self) -> None:
         self._layers, self._teach = None, self._taught
+        super().close()
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> Terms:
