@@ -77,10 +77,10 @@ class Arena:
 
 
 class Kept:
-    """What the backward pass of recorded work reads, kept where the memory that others use too is not its own.
+    """What the backward pass of recorded work reads, moved out of the memory that other work is recorded into.
 
-    Record the work within `noticing()`. What it saves then lies in the pool, until others use that: `moved` records
-    copies into pieces of memory of the sizes `sizes()`.
+    Record the work within `noticing()`, then `moved`: it copies what the work has saved into pieces of memory of the
+    sizes that `sizes` gives.
     """
 
     def __init__(self, pool: Pool):
@@ -108,9 +108,10 @@ class Kept:
         wholes = {place: torch.empty(0, dtype=torch.uint8, device=result.device) for place in storages}
         for place, storage in storages.items():
             wholes[place].set_(storage)
-        small = [place for place, storage in storages.items() if storage.nbytes() < SMALL]
-        for place in storages.keys() - small:
-            copies[place].copy_(wholes[place])
+        small = {place for place, storage in storages.items() if storage.nbytes() < SMALL}
+        for place in storages:
+            if place not in small:
+                copies[place].copy_(wholes[place])
         if small:
             torch._foreach_copy_([copies[place] for place in small], [wholes[place] for place in small])
 
