@@ -4,8 +4,8 @@
 
 MODEL is a supernet folder, or a checkpoint that the quickstart's surgery is applied to in memory. Every time is the
 median over the steps after the first ones, which compile, tune and record kernels and touch memory for the first time.
-On CUDA also with what makes it fast taken away: CUDA graphs, compilation, flex attention. Memory is what PyTorch
-reserved.
+On CUDA also with what makes it fast taken away: hidden states in bfloat16; CUDA graphs; compilation and flex attention.
+Memory is what PyTorch reserved.
 """
 
 import argparse
@@ -45,7 +45,7 @@ WARM_UP = {"layerwise": 6, "stochastic": 25}
 """Steps that are not timed. A mixer of a layer is recorded when it is first drawn."""
 WAYS: dict[str, dict[str, Any]] = {
     "": {},
-    ", two parts": {"gradient_accumulation": 2},
+    ", residual in float32": {"residual": "float32"},
     ", no graphs": {"cuda_graphs": False},
     ", plain": {"cuda_graphs": False, "compile": False, "attn_implementation": "sdpa"},
 }
@@ -71,8 +71,10 @@ def step_seconds(
     return statistics.median(times[warm_up:])
 
 
-def time_stages(model: GearshiftForCausalLM, data: TokenSequences, batch: int, steps: int, table: Table) -> None:
-    """A row for each stage and way."""
+def time_stages(
+    model: GearshiftForCausalLM, data: TokenSequences, batch: int, steps: int, table: Table, console: Console
+) -> None:
+    """A row for each stage and way. The table is shown as it stands: kernels of a first stage take minutes."""
     on_cuda = model.device.type == "cuda"
     for stage in (LayerwiseStage(calibration="none", steps=1), StochasticStage(steps=1)):
         warm_up = WARM_UP[stage.type] if on_cuda else 1
@@ -84,6 +86,7 @@ def time_stages(model: GearshiftForCausalLM, data: TokenSequences, batch: int, s
             seconds = step_seconds(model, timed, data, warm_up, way)
             peak = f"{torch.cuda.max_memory_reserved() / 1e9:.1f}" if on_cuda else "-"
             table.add_row(f"{stage.type} step{name}", f"{seconds:.3f}", f"{batch * data.length / seconds:,.0f}", peak)
+            console.print(table)
 
 
 def main() -> None:
@@ -100,7 +103,8 @@ def main() -> None:
     data = TokenSequences(torch.randint(model.spec.vocab_size, shape, generator=generator))
     tokens = options.batch * options.length
     table = Table("what", "seconds", "tokens/s", "peak memory GB", title=f"{options.device}, {tokens:,} tokens a step")
-    time_stages(model, data, options.batch, options.steps, table)
+    console = Console(width=100)
+    time_stages(model, data, options.batch, options.steps, table, console)
     judged = TokenSequences(data.tokens[:1])
     cost = cost_table(model.spec, "float32")
     started = time.perf_counter()
@@ -108,7 +112,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     run = found.layer_evaluations * judged.length / seconds
     table.add_row(f"search: {len(found.candidates)} placements", f"{seconds:.1f}", f"{run:,.0f} a layer", "-")
-    Console(width=100).print(table)
+    console.print(table)
     done, saved = found.layer_evaluations, found.layer_evaluations_saved
     print(f"layer evaluations: {done:,}, saved by reuse: {saved:,} ({saved / (done + saved):.0%})")
 
