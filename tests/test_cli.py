@@ -107,9 +107,10 @@ def test_train_resumes_and_finishes(work: Path, tmp_path: Path) -> None:
     shown = succeed("train", recipe(work, tmp_path, *stages), "stages.0.steps=2", "seed=3")
     assert shown.stdout.endswith("model: 4 steps\n")
     begun, first, second = shown.stderr.splitlines()
-    assert begun.startswith(f"training {work}/supernet: window, gdn, kda learn, ")
+    assert begun.startswith(f"training {work}/supernet: ")
     assert begun.endswith(
-        f" parameters in 4 layers; 4 steps (layerwise, stochastic); record: {tmp_path}/run/metrics.jsonl"
+        " parameters learn, of window, gdn, kda, in 4 of 4 layers; 4 steps (layerwise, stochastic);"
+        f" record: {tmp_path}/run/metrics.jsonl"
     )
     assert first == "stage 1/2 layerwise"
     assert second.startswith("step 3/4, stage 2/2 stochastic, loss ")

@@ -1,6 +1,7 @@
 """The command line: one function a verb."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -140,7 +141,8 @@ def train(
     if (gpus is not None or memory is not None) and not estimate:
         raise ValueError("--gpus and --memory say what to estimate for: add --estimate")
     if estimate:
-        _print_estimate(load_recipe(recipe, overrides or []), gpus, memory)
+        if int(os.environ.get("RANK", "0")) == 0:  # under torchrun one process speaks for all
+            _print_estimate(load_recipe(recipe, overrides or []), gpus, memory)
         return
     with process_group() as first:
         settings = load_recipe(recipe, overrides or [])
@@ -165,6 +167,8 @@ def train(
 def _print_estimate(recipe: "Recipe", gpus: int | None, gigabytes: float | None) -> None:
     from gearshift.train.estimate import advice, device_memory, estimate, remarks, table
 
+    if gigabytes is not None and gigabytes * 1e9 < 1:
+        raise ValueError(f"--memory is what a device has in GB, not {gigabytes}")
     with err.status("estimating"):
         stages = estimate(recipe, gpus)
         memory = device_memory(recipe, gpus) if gigabytes is None else round(gigabytes * 1e9)

@@ -272,8 +272,26 @@ def test_sequences_must_divide_among_gpus(tmp_path: Path) -> None:
     recipe = recipe_of(spec_of(2), tmp_path, STAGES["recompute"])
     with pytest.raises(ValueError, match="2 sequences a step cannot be split"):
         estimate(recipe, gpus=3)
-    with pytest.raises(ValueError, match="there is no config"):
+    with pytest.raises(ValueError, match=r"model: there is no config of '/nowhere': make the model first"):
         estimate(recipe.model_copy(update={"model": "/nowhere"}))
+
+
+def test_a_teacher_of_another_depth(tmp_path: Path) -> None:
+    """Whole: only layer by layer has it to be as deep as the model."""
+    recipe = recipe_of(spec_of(2), tmp_path, STAGES["stochastic"])
+    totals = {}
+    for depth in (1, 2, 5):
+        path = tmp_path / f"{depth}.yaml"
+        path.write_text(yaml.safe_dump(spec_of(depth).model_dump(mode="json")))
+        found = estimate(recipe.model_copy(update={"teacher": str(path)}))
+        totals[depth] = found[0].parts["parameters"]
+        if depth != 2:
+            layerwise = recipe.model_copy(update={"teacher": str(path), "stages": (STAGES["layerwise"],)})
+            with pytest.raises(ValueError, match=f"layer by layer, a teacher of {depth} layers"):
+                estimate(layerwise)
+    assert totals[1] < totals[2] < totals[5]
+    with pytest.raises(ValueError, match=r"teacher: there is no config of '/nowhere': name a model's folder"):
+        estimate(recipe.model_copy(update={"teacher": "/nowhere"}))
 
 
 @pytest.mark.parametrize(
@@ -318,6 +336,12 @@ def test_the_command_prints_a_table_and_starts_nothing(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["train", str(path), "--estimate", "--memory", "10"])
     assert shown.exit_code == 0, shown.output
     assert "the device has" not in shown.output
+    assert CliRunner().invoke(app, ["train", str(path), "--estimate", "--memory", "0"]).exit_code == 2
+    others = CliRunner().invoke(app, ["train", str(path), "--estimate"], env={"RANK": "1"})
+    assert (others.exit_code, others.output) == (0, "")
+    narrow = CliRunner().invoke(app, ["train", str(path), "--estimate"], env={"COLUMNS": "40"})
+    assert "0 layerwise" in narrow.stdout
+    assert "activations" in narrow.stdout
 
 
 def test_on_a_terminal_the_command_shows_that_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

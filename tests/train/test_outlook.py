@@ -107,15 +107,16 @@ def test_of_several_processes_the_first_alone_says_so(source: Path, tmp_path: Pa
 
 
 def test_a_run_begins_with_what_it_will_do(source: Path, tmp_path: Path) -> None:
-    settings = recipe(source, tmp_path / "run", freeze=["*.gdn.*"])
+    settings = recipe(source, tmp_path / "run", freeze=["*.gdn.*", "*.layers.1.*"])
     with pytest.raises(KeyboardInterrupt):
         train(settings, callbacks=[Interrupt(4)])
     warned, lines = said(settings)
     assert not warned
     (line,) = lines
-    assert line.startswith(f"training {source}/model: window, kda learn, ")
+    assert line.startswith(f"training {source}/model: ")
     assert line.endswith(
-        f"in 2 layers; 8 steps (layerwise, stochastic), 4 of them done; record: {tmp_path}/run/metrics.jsonl"
+        " parameters learn, of window, kda, in 1 of 2 layers; 8 steps (layerwise, stochastic), 4 of them done;"
+        f" record: {tmp_path}/run/metrics.jsonl"
     )
 
 
@@ -130,7 +131,8 @@ def test_the_only_mixer_of_a_layer_is_named_too() -> None:
     chats = TokenSequences(tokens(8, 20), None, torch.ones(8, 20, dtype=torch.bool))
     line = outline(settings, Distiller(GearshiftForCausalLM(GearshiftConfig(spec)), None, settings, chats=chats))
     count = 2 * 24 * 32 + 61 * 24
-    assert line.startswith(f"training m: attention, parts outside the mixers learn, {count:,} parameters in 2 layers;")
+    expected = f"training m: {count:,} parameters learn, of attention, parts outside the mixers, in 2 of 2 layers;"
+    assert line.startswith(expected)
 
 
 def test_sequences_beyond_the_positions_are_warned_of(source: Path, llama: Path, tmp_path: Path) -> None:

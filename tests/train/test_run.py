@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from gearshift import Placement
 from gearshift.settings import load_settings
 from gearshift.train import Callback, Recipe, Record, StepRecord, read_records, train
+from gearshift.train.checkpoint import learnt, read_learnt
 from gearshift.train.estimate import estimate
 from tests.models import supernet, tokens
 
@@ -206,6 +207,20 @@ def test_another_text_or_a_broken_checkpoint_is_refused(source: Path, tmp_path: 
     next(checkpoint.glob("*.distcp")).write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"the checkpoint .* cannot be read"):
         train(run)
+
+
+def test_a_checkpoint_that_goes_while_it_is_read(source: Path, tmp_path: Path) -> None:
+    """A run's next one replaces it, and the run must not be given up for that."""
+    run = recipe(source, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train(run, callbacks=[Interrupt(3)])
+    checkpoint = next((tmp_path / "run" / "checkpoints").iterdir())
+    keys = learnt(checkpoint)
+    shutil.rmtree(checkpoint)
+    with pytest.raises(ValueError, match="went while it was read, as a run's next one came: try again"):
+        learnt(checkpoint)
+    with pytest.raises(ValueError, match="went while it was read"):
+        read_learnt(checkpoint, next(iter(keys.values())), torch.Size([1]))
 
 
 def test_trackers_are_told_and_a_missing_one_is_refused(source, tmp_path, monkeypatch) -> None:

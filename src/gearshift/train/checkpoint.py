@@ -194,6 +194,8 @@ def _load(state: dict[str, Tensor], path: Path, alone: bool) -> dict[str, Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
+    if not path.exists():
+        return ValueError(f"the checkpoint {path} went while it was read, as a run's next one came: try again")
     reason = " ".join(str(error).split()) or type(error).__name__
     return ValueError(f"the checkpoint {path} cannot be read ({reason}): remove it to start over")
 

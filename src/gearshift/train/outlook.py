@@ -18,14 +18,15 @@ def outline(recipe: Recipe, distiller: Distiller) -> str:
     blocks, parameters = model.model.blocks, dict(model.named_parameters())
     mixers = ((name, block.mixer_named(name)) for block in blocks for name in block.spec.mixers)
     inside = {parameter: name for name, mixer in mixers for parameter in mixer.parameters()}
-    learning = [parameters[name] for name in distiller.scales]
+    learning = dict.fromkeys(parameters[name] for name in distiller.scales)
     kinds = ", ".join(dict.fromkeys(inside.get(parameter, "parts outside the mixers") for parameter in learning))
+    layers = sum(not learning.keys().isdisjoint(block.parameters()) for block in blocks)
     count = recipe.total_steps
     steps = f"{count:,} {'step' if count == 1 else 'steps'} ({', '.join(stage.type for stage in recipe.stages)})"
     done = f", {distiller.global_step:,} of them done" if distiller.global_step else ""
     return (
-        f"training {recipe.model}: {kinds} learn, {sum(map(torch.numel, learning)):,} parameters in"
-        f" {len(blocks)} layers; {steps}{done}; record: {Path(recipe.output) / 'metrics.jsonl'}"
+        f"training {recipe.model}: {sum(map(torch.numel, learning)):,} parameters learn, of {kinds}, in"
+        f" {layers} of {len(blocks)} layers; {steps}{done}; record: {Path(recipe.output) / 'metrics.jsonl'}"
     )
 
 

@@ -79,8 +79,8 @@ def estimate(recipe: Recipe, gpus: int | None = None) -> list[StageEstimate]:
 
     Raises ValueError for what a run would refuse too.
     """
-    native = model_config(recipe.model)
-    teacher = None if recipe.teacher == "self" else model_config(recipe.teacher).spec
+    native = model_config(recipe.model, "model")
+    teacher = None if recipe.teacher == "self" else model_config(recipe.teacher, "teacher").spec
     cuda = gpus is not None or recipe.device.startswith("cuda")
     cuda = cuda or (recipe.device == "auto" and torch.cuda.is_available())
     ranks = Ranks.of(recipe, gpus or 1)
@@ -89,23 +89,24 @@ def estimate(recipe: Recipe, gpus: int | None = None) -> list[StageEstimate]:
     return [_estimate_stage(native, teacher, recipe, index, cuda, ranks) for index in range(len(recipe.stages))]
 
 
-def model_config(name: str) -> NativeConfig:
+def model_config(name: str, key: str) -> NativeConfig:
     """The config of a folder, of a spec file or of a model on the hub. No weight is read or downloaded.
 
-    ValueError if there is none.
+    ValueError if there is none, which says that a recipe's `key` names it.
     """
     path = Path(name)
     if path.is_file():
         return open_checkpoint(path).native if path.suffix == ".gguf" else read_native(path)
     if (path / "config.json").is_file():
         return read_native(path / "config.json")
-    why = f"there is no config of {name!r}"
+    why = f"{key}: there is no config of {name!r}"
     if HUB_NAME.fullmatch(name):
         try:
             return read_native(hub_folder(name, "config.json") / "config.json")
         except FileNotFoundError as error:
-            why = str(error)
-    raise ValueError(f"{why}: make the model first, or give its sizes as a spec file (model=FILE.yaml)")
+            why = f"{key}: {error}"
+    advice = "make the model first" if key == "model" else "name a model's folder"
+    raise ValueError(f"{why}: {advice}, or give its sizes as a spec file ({key}=FILE.yaml)")
 
 
 def shared_out(parts: Mapping[str, int], units: "Units", residual: int, ranks: Ranks) -> dict[str, int]:
@@ -149,17 +150,15 @@ def _estimate_stage(
         raise ValueError(f"{size} sequences a step cannot be split over {ranks.data} groups of GPUs in {parts} parts")
     alone = recipe.model_copy(update={"stages": (stage.model_copy(update={"batch_size": size // ranks.data}),)})
     layers = _rehearsed(spec, recipe, index)
-    small, reference = _cut(spec, layers), None if teacher is None else _cut(teacher, layers)
+    small = _cut(spec, layers)
     whole = _Whole(spec, teacher, recipe, index, layers)
     if isinstance(stage, LayerwiseStage):
-        made = rehearse(small, reference, alone, cuda)
+        made = rehearse(small, teacher, alone, cuda)
         found = whole.layerwise(made)
     else:
         every = _drawn(native, recipe, index)
         drawn = [one for one in every if whole.learns(one)] or every  # the others are skipped by the run
-        made = rehearse(
-            small, reference, alone, cuda, lambda costs: whole.sample_of(whole.heaviest(drawn, costs), costs)
-        )
+        made = rehearse(small, teacher, alone, cuda, lambda costs: whole.sample_of(whole.heaviest(drawn, costs), costs))
         found = whole.stochastic(made, drawn)
     found_parts, operations = found
     if ranks != Ranks():

@@ -11,17 +11,18 @@ from gearshift.train.recipe import Recipe, SampledStage, StageSettings
 
 
 def table(stages: Sequence[StageEstimate], memory: int | None) -> Table:
-    """A line a stage: what its fullest moment takes on each device, in GB, against `memory` bytes if they are known."""
-    caption = "GB on each device at the fullest moment, in use by tensors; CUDA graphs reserve more"
-    made = Table(box=None, caption=caption)
-    of = [] if memory is None else [f"of {gigabytes(memory)}"]
-    for name in ("stage", *PARTS, "total", *of, "tokens a step", "TFLOP a step"):
-        made.add_column(name, justify="left" if name == "stage" else "right")
-    for stage in stages:
-        sizes = [gigabytes(stage.parts.get(part, 0)) for part in PARTS]
-        share = [] if memory is None else [f"{stage.total / memory:.0%}"]
-        work = f"{stage.tokens:,}", f"{stage.operations / 1e12:,.2f}"
-        made.add_row(stage.type, *sizes, gigabytes(stage.total), *share, *work)
+    """A column a stage: what its fullest moment takes on each device, in GB, against `memory` bytes if known."""
+    made = Table(box=None, caption="GB on each device at the fullest moment, in use by tensors, without CUDA graphs")
+    made.add_column("")
+    for number, stage in enumerate(stages):
+        made.add_column(f"{number} {stage.type}", justify="right")
+    for part in PARTS:
+        made.add_row(part, *(gigabytes(stage.parts.get(part, 0)) for stage in stages))
+    made.add_row("total", *(gigabytes(stage.total) for stage in stages))
+    if memory is not None:
+        made.add_row(f"of {gigabytes(memory)} GB", *(f"{stage.total / memory:.0%}" for stage in stages))
+    made.add_row("tokens a step", *(f"{stage.tokens:,}" for stage in stages))
+    made.add_row("TFLOP a step", *(f"{stage.operations / 1e12:,.2f}" for stage in stages))
     return made
 
 
@@ -57,7 +58,9 @@ def advice(recipe: Recipe, stages: Sequence[StageEstimate], memory: int, gpus: i
     for index, stage in enumerate(stages):
         if stage.total <= memory:
             continue
-        problem = f"stage {index} ({stage.type}) needs {gigabytes(stage.total)} GB, the device has {gigabytes(memory)}"
+        problem = (
+            f"stage {index} ({stage.type}) needs {gigabytes(stage.total)} GB, the device has {gigabytes(memory)} GB"
+        )
         found.append(f"{problem}: {_remedy(recipe, index, memory, gpus)}")
     return found
 
