@@ -1,7 +1,6 @@
 """The command line: one function a verb."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -140,12 +139,12 @@ def train(
 
     if (gpus is not None or memory is not None) and not estimate:
         raise ValueError("--gpus and --memory say what to estimate for: add --estimate")
-    if estimate:
-        if int(os.environ.get("RANK", "0")) == 0:  # under torchrun one process speaks for all
-            _print_estimate(load_recipe(recipe, overrides or []), gpus, memory)
-        return
     with process_group() as first:
         settings = load_recipe(recipe, overrides or [])
+        if estimate:
+            if first:
+                _print_estimate(settings, gpus, memory)
+            return
         with bar(err, "training", settings.total_steps) if first else nullcontext(silent) as advance:
             try:
                 shown = show_steps(err, advance, len(settings.stages))

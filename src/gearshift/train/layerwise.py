@@ -48,8 +48,6 @@ class LayerwiseRun(StageRun):
         self._graphed: dict[float, Graphed[Terms]] = {}
         self._gradients: dict[Mixer, JoinedGradients] = {}
         self.parallel = parallel
-        self.students: list[dict[str, Mixer]] = [block.learning for block in model.model.blocks]
-        """For every layer, the mixers that learn."""
         if not any(self.students):
             raise ValueError("the layerwise stage has nothing to do: no parameter of any mixer learns")
         if self.has_student:

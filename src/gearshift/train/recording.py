@@ -105,15 +105,15 @@ class Kept:
         """`result` as it will be in its piece of memory; what was saved is moved as well."""
         storages = self._storages(result)
         copies = dict(zip(storages, pieces, strict=True))
-        wholes = {place: torch.empty(0, dtype=torch.uint8, device=result.device) for place in storages}
-        for place, storage in storages.items():
-            wholes[place].set_(storage)
-        small = {place for place, storage in storages.items() if storage.nbytes() < SMALL}
-        for place in storages:
-            if place not in small:
-                copies[place].copy_(wholes[place])
+        small: list[tuple[Tensor, Tensor]] = []
+        for storage, piece in zip(storages.values(), pieces, strict=True):
+            whole = torch.empty(0, dtype=torch.uint8, device=result.device).set_(storage)
+            if storage.nbytes() < SMALL:
+                small.append((piece, whole))
+            else:
+                piece.copy_(whole)
         if small:
-            torch._foreach_copy_([copies[place] for place in small], [wholes[place] for place in small])
+            torch._foreach_copy_([piece for piece, _ in small], [whole for _, whole in small])
 
         def moved(tensor: Tensor) -> Tensor:
             copy = copies.get(tensor.untyped_storage().data_ptr())

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gearshift.data import Batch
+from gearshift.mixers.base import Mixer
 from gearshift.model import GearshiftForCausalLM
 from gearshift.spec import Placement
 from gearshift.train.engine import Engine, FrozenWeights
@@ -95,6 +96,11 @@ class StageRun(ABC):
         """Begin the next step without any."""
         for parameter in self.learning:
             parameter.grad = None
+
+    @cached_property
+    def students(self) -> list[dict[str, Mixer]]:
+        """For every layer, the mixers that learn, by name."""
+        return [block.learning for block in self.model.model.blocks]
 
     @cached_property
     def learning(self) -> list[nn.Parameter]:

@@ -101,20 +101,15 @@ class StochasticRun(StageRun):
 
     def _learns(self, placement: Placement) -> bool:
         """Whether any parameter that runs under `placement` learns."""
-        own = any(name in learning for name, learning in zip(placement, self._learning_mixers, strict=True))
+        own = any(name in students for name, students in zip(placement, self.students, strict=True))
         return own or self._shared_learn
 
     @property
     def _can_learn(self) -> bool:
         """Whether any parameter learns that runs under a placement of the stage's sampling."""
         drawn = self.stage.sampling.possible(self.choices, self.presets)
-        pairs = zip(drawn, self._learning_mixers, strict=True)
-        return self._shared_learn or any(names & learning for names, learning in pairs)
-
-    @cached_property
-    def _learning_mixers(self) -> list[frozenset[str]]:
-        """For each layer, the names of its mixers that learn."""
-        return [frozenset(block.learning) for block in self.model.model.blocks]
+        pairs = zip(drawn, self.students, strict=True)
+        return self._shared_learn or any(names & students.keys() for names, students in pairs)
 
     @cached_property
     def _shared_learn(self) -> bool:

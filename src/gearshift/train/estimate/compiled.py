@@ -23,8 +23,6 @@ from gearshift.mixers.base import MixContext
 from gearshift.train.estimate.tracker import Tracker
 
 aten = torch.ops.aten
-VIEWS = (aten._unsafe_view.default, aten.detach.default, aten.split.Tensor, aten.split_with_sizes.default)
-"""Operations that make views and do not say so."""
 
 
 class Compiled:
@@ -171,7 +169,7 @@ def _is_view(node: fx.Node) -> bool:
     """Whether a node is a view, several as one, or one of several."""
     if node.target is getitem:
         return _is_view(node.args[0])  # type: ignore[arg-type]
-    return getattr(node.target, "is_view", False) or node.target in VIEWS
+    return getattr(node.target, "is_view", False) or node.target is aten._unsafe_view.default
 
 
 def _base(node: fx.Node) -> fx.Node:
