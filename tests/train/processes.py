@@ -5,12 +5,12 @@ Not from the tests' own process: once it has computed gradients, a CUDA build of
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -24,11 +24,16 @@ def run_processes(world: int, work: Callable[..., Any], *given: Any, check: bool
     They have the environment of this one, and nothing else that was patched in it. With `check`, AssertionError if one
     fails.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Theirs is a store of this process, as torchrun's is: a port that is only known to be free can be taken since.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     failures = _CONTEXT.SimpleQueue()
-    group = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    group = {
+        **os.environ,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "MASTER_ADDR": store.host,
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(world),
+    }
     ranks = ({**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world))
     processes = [_CONTEXT.Process(target=_call, args=(rank, failures, work, given)) for rank in ranks]
     for process in processes:
