@@ -74,6 +74,8 @@ def test_mamba2_and_attention_become_bamba(tmp_path: Path) -> None:
     ids = torch.randint(3, 60, (2, 30))
     ours = GearshiftForCausalLM.from_pretrained(tmp_path / "hybrid").eval()
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    if reason := families()["bamba"].runs_otherwise(theirs):
+        pytest.skip(reason)
     with torch.no_grad():
         expected = theirs(ids).logits
         assert (ours(ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
