@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec
@@ -350,6 +351,22 @@ def _refused(settings: Any, folder: Path) -> None:
         train(settings)
     except ValueError as error:
         (folder / os.environ["RANK"]).write_text(str(error))
+
+
+@pytest.mark.parametrize(("error", "waits"), [(ValueError, True), (KeyboardInterrupt, False)])
+def test_who_waits_for_torchrun(tmp_path: Path, error: type[BaseException], waits: bool) -> None:
+    """Where one process has failed, the other waits for its end; not after Ctrl-C, though it may have lost its own."""
+    run_processes(2, _left_alone, tmp_path, error, check=False)
+    assert (tmp_path / "waited").exists() == waits
+
+
+def _left_alone(folder: Path, error: type[BaseException]) -> None:
+    """The first process fails with `error`, the other one because the first is gone."""
+    launch.time.sleep = lambda seconds: (folder / "waited").touch()
+    with process_group() as first:
+        if first:
+            raise error
+        dist.barrier()
 
 
 def test_every_counted_token_weighs_the_same_on_several_processes() -> None:

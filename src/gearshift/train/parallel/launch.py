@@ -35,10 +35,15 @@ def process_group() -> Iterator[bool]:
         dist.init_process_group(_backend(), store=store, rank=rank, world_size=world)
         yield rank == 0
     except BaseException as error:
-        if store.add("failed", 1) > 1 and not isinstance(error, KeyboardInterrupt):
-            # Once one has ended, torchrun ends the others: let it be the one that says why.
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if interrupted:
+            store.add("interrupted", 1)
+        if store.add("failed", 1) > 1 and not interrupted:
+            # Once one has ended, torchrun ends the others: let it be the one that says why. After Ctrl-C it waits for
+            # all of them instead; this one's was lost, for torch's checkpoints catch it, and call those that are gone.
             try:
-                time.sleep(GRACE)
+                if not store.add("interrupted", 0):
+                    time.sleep(GRACE)
             finally:
                 os._exit(1)
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
