@@ -26,6 +26,7 @@ from gearshift.train.engine import Precision
 from gearshift.train.guard import TrainingDivergedError
 from gearshift.train.loop import Distiller
 from gearshift.train.metrics import Callback, JsonLines, Record, StageEndRecord, StepRecord, StoppedRecord
+from gearshift.train.optim import main_parameters
 from gearshift.train.outlook import outline, remarks
 from gearshift.train.parallel import ALONE, Parallel, parallelise, process_group
 from gearshift.train.recipe import Recipe
@@ -77,7 +78,7 @@ def train(
         recipe: what to do.
         progress: called with every record as it is made; of several processes, on the first alone.
         callbacks: the same, and told of the end.
-        begun: called before the first step, with a line on what is to be done; of several processes, on the first.
+        begun: called before the text is read, with a line on what is to be done; of several processes, on the first.
 
     Raises ValueError if something the recipe names is not there or does not fit, or if the output folder holds a run
     of another recipe, or another process that writes to it.
@@ -105,17 +106,15 @@ def _train(
     if parallel.once(lambda: _is_finished(recipe, output, finished)):
         return nothing_to_do
     check_trackers(recipe.trackers)
-    distiller, tokenizer, dtypes, text = _prepare(recipe, device, parallel)
+    distiller, tokenizer, dtypes = _prepare(recipe, device, parallel)
+    checkpoints = Checkpoints(output / "checkpoints", background=device.type == "cuda")
+    if parallel.is_first:
+        _say(recipe, distiller, checkpoints.steps, begun)
+    text = _read(recipe, tokenizer, distiller)
     if parallel.once(lambda: _claim(recipe, output, text, lock)):
         return nothing_to_do
-    checkpoints = Checkpoints(output / "checkpoints", background=device.type == "cuda")
     resumed = checkpoints.restore(distiller)
     at = distiller.global_step
-    if parallel.is_first:
-        for sentence in remarks(recipe, distiller):
-            warnings.warn(sentence, stacklevel=1)
-        if begun is not None:
-            begun(outline(recipe, distiller))
     takers: list[Callback] = []
     try:
         if parallel.is_first:
@@ -167,10 +166,8 @@ def _is_finished(recipe: Recipe, output: Path, finished: Path) -> bool:
     return finished.exists()
 
 
-def _prepare(
-    recipe: Recipe, device: torch.device, parallel: Parallel
-) -> tuple[Distiller, Any, dict[str, torch.dtype], str]:
-    """The run before its first step, the tokenizer, the dtypes that the tensors came in, and a digest of the text."""
+def _prepare(recipe: Recipe, device: torch.device, parallel: Parallel) -> tuple[Distiller, Any, dict[str, torch.dtype]]:
+    """The run before it has any text, the tokenizer, and the dtypes that the tensors came in."""
     half = Precision(recipe.autocast, device).enabled
     folder = _folder(recipe.model)
     model = _load(folder)
@@ -183,15 +180,30 @@ def _prepare(
     tokenizer = _tokenizer(folder)
     if recipe.chat_template is not None:
         tokenizer.chat_template = read_text(recipe.chat_template)
+    return Distiller(model, None, recipe, teacher, parallel=parallel), tokenizer, dtypes
+
+
+def _say(recipe: Recipe, distiller: Distiller, steps_done: int, begun: Callable[[str], None] | None) -> None:
+    """What a person may want to know before the text is tokenised, which can take long."""
+    model, teacher = distiller.model, None if distiller.teacher is distiller.model else distiller.teacher.spec
+    main_learns = not distiller.scales.keys().isdisjoint(main_parameters(model))
+    for sentence in remarks(recipe, model.spec, model.presets, teacher, main_learns):
+        warnings.warn(sentence, stacklevel=1)
+    if begun is not None:
+        begun(outline(recipe, model, distiller.scales, steps_done))
+
+
+def _read(recipe: Recipe, tokenizer: Any, distiller: Distiller) -> str:
+    """Give the run what it learns from and is judged on. Returns a digest of it."""
     settings = (tokenizer, recipe.sequence_length, recipe.documents, recipe.data_cache)
     kinds = {stage.reads_chats for stage in recipe.stages}
     text, held_out = _divided(open_corpus(recipe.sources, *settings) if False in kinds else None, recipe.held_out)
     chats, held_out_chats = _divided(
-        open_chats(recipe.chats or (), *settings, quiet=not parallel.is_first) if True in kinds else None,
+        open_chats(recipe.chats or (), *settings, quiet=not distiller.parallel.is_first) if True in kinds else None,
         recipe.held_out,
     )
-    distiller = Distiller(model, text, recipe, teacher, held_out, chats, held_out_chats, parallel)
-    return distiller, tokenizer, dtypes, " ".join(corpus.digest() for corpus in (text, chats) if corpus is not None)
+    distiller.read_from(text, held_out, chats, held_out_chats)
+    return " ".join(corpus.digest() for corpus in (text, chats) if corpus is not None)
 
 
 def _divided(corpus: Corpus | None, held_out: int) -> tuple[Corpus | None, TokenSequences | None]:
