@@ -46,6 +46,8 @@ MAY_CHANGE = {
     "cuda_graphs",
 }
 """What a resumed run may say otherwise than the run that it goes on with: nothing that decides what is learnt."""
+LOCK = ".lock"
+"""In the output folder while a process writes to it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def train(
     Raises ValueError if something the recipe names is not there or does not fit, or if the output folder holds a run
     of another recipe, or another process that writes to it.
     """
-    lock = FileLock(Path(recipe.output) / ".lock")
+    lock = FileLock(Path(recipe.output) / LOCK)
     try:
         with process_group():
             return _train(recipe, progress, callbacks, begun, lock)
@@ -294,11 +296,15 @@ def _device(name: str) -> torch.device:
 def _check_same_recipe(recipe: Recipe, output: Path) -> None:
     """ValueError if the output folder holds the run of another recipe, or something else altogether."""
     path = output / "recipe.json"
-    if output.exists() and not path.exists() and any(output.iterdir()):
-        raise ValueError(f"the output folder {output} holds something else than a training run: choose another one")
+    strange = ValueError(f"the output folder {output} holds something else than a training run: choose another one")
     if not path.exists():
+        if output.exists() and any(file.name != LOCK for file in output.iterdir()):
+            raise strange
         return
-    written = read_json(path)["recipe"]
+    read = read_json(path)
+    if not isinstance(read.get("recipe"), dict) or "text" not in read:
+        raise strange
+    written = read["recipe"]
     written = {key: value for key, value in written.items() if value != []}  # a list not given was once an empty one
     before, now = (made.model_dump(mode="json") for made in (read_again(Recipe, written, path), recipe))
     for key in now:
@@ -321,20 +327,22 @@ def _difference(where: str, was: Any, is_now: Any) -> tuple[str, Any, Any]:
 
 
 def _claim(recipe: Recipe, output: Path, text: str, lock: FileLock) -> bool:
-    """Write down whose folder this is, and take its `lock`. Returns whether a run that had it has finished meanwhile.
+    """Take the `lock` of this folder, and write down whose it is. Returns whether a run that had it has finished.
 
-    ValueError if it is a run on another text, by the digest `text`, or if another process has the lock.
+    ValueError if another process has the lock, if the run of another recipe has begun there meanwhile, or if it is one
+    on another text, by the digest `text`.
     """
-    path = output / "recipe.json"
-    if not path.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"recipe": recipe.model_dump(mode="json"), "text": text})
-    elif read_json(path)["text"] != text:
-        raise ValueError(f"the text has changed since the run in {output} began: choose another output folder")
+    output.mkdir(parents=True, exist_ok=True)
     try:
         take(lock)
     except Timeout:
         raise ValueError(
             f"another run writes to {output} now{holder(lock)}: wait for it, or choose another output folder"
         ) from None
+    path = output / "recipe.json"
+    _check_same_recipe(recipe, output)
+    if not path.exists():
+        write_json(path, {"recipe": recipe.model_dump(mode="json"), "text": text})
+    elif read_json(path)["text"] != text:
+        raise ValueError(f"the text has changed since the run in {output} began: choose another output folder")
     return (output / "model").exists()
