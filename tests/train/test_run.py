@@ -402,6 +402,36 @@ def test_a_lock_that_a_kill_left_behind_is_nobodys(source: Path, tmp_path: Path)
     assert train(recipe(source, tmp_path / "run", stages=STAGES[:1])).steps == 3
 
 
+class Closed(Callback):
+    """Says that it was closed, and fails at it if it is to."""
+
+    def __init__(self, fails: bool = False):
+        self.fails = fails
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+        if self.fails:
+            raise OSError("no space")
+
+
+def test_every_callback_is_closed_whatever_goes_wrong(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callbacks = Closed(), Closed(fails=True), Closed()
+    with pytest.raises(OSError, match="no space"):
+        train(recipe(source, tmp_path / "one", stages=STAGES[:1]), callbacks=callbacks)
+    assert all(callback.closed for callback in callbacks)
+
+    def refuse(*given: Any) -> None:
+        raise ValueError("no account")
+
+    monkeypatch.setattr(run_module, "make_trackers", refuse)
+    with pytest.raises(ValueError, match="no account"):
+        train(recipe(source, tmp_path / "two", stages=STAGES[:1]), callbacks=[alone := Closed()])
+    assert alone.closed
+
+
 def test_a_full_disk_is_called_by_its_name(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*given: Any, **more: Any) -> None:
         short = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")

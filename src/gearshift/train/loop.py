@@ -19,7 +19,7 @@ from gearshift.train.ema import Average
 from gearshift.train.engine import Engine, make_engine
 from gearshift.train.guard import TrainingDivergedError, first_bad_tensor, guarded_step
 from gearshift.train.layerwise import LayerwiseRun
-from gearshift.train.metrics import CalibrationRecord, Callback, Record, StageEndRecord, StepRecord
+from gearshift.train.metrics import CalibrationRecord, Callback, Record, StageEndRecord, StepRecord, close
 from gearshift.train.noise import is_noisy, seeded, set_modes
 from gearshift.train.optim import clip, learning, make_optimiser, schedule, set_learning_rate
 from gearshift.train.parallel import ALONE, Parallel
@@ -365,8 +365,7 @@ def distil(
             for callback in callbacks:
                 callback.on_record(record)
     finally:
-        for callback in callbacks:
-            callback.close()
+        close(callbacks)
 
 
 def _read(terms: Mapping[Any, Tensor]) -> dict[Any, float]:

@@ -25,7 +25,7 @@ from gearshift.train.checkpoint import Checkpoints, replacing
 from gearshift.train.engine import Precision
 from gearshift.train.guard import TrainingDivergedError
 from gearshift.train.loop import Distiller
-from gearshift.train.metrics import Callback, JsonLines, Record, StageEndRecord, StepRecord, StoppedRecord
+from gearshift.train.metrics import Callback, JsonLines, Record, StageEndRecord, StepRecord, StoppedRecord, close
 from gearshift.train.optim import main_parameters
 from gearshift.train.outlook import outline, remarks
 from gearshift.train.parallel import ALONE, Parallel, parallelise, process_group
@@ -122,7 +122,8 @@ def _train(
         if parallel.is_first:
             lines = JsonLines(output / "metrics.jsonl", distiller.progress.stage, distiller.progress.step)
             settings = recipe.model_dump(mode="json")
-            takers = [lines, *callbacks, *make_trackers(recipe.trackers, output, recipe.log_every, settings)]
+            takers = [lines, *callbacks]
+            takers += make_trackers(recipe.trackers, output, recipe.log_every, settings)
         for record in distiller.run():
             for taker in takers:
                 taker.on_record(record)
@@ -140,8 +141,7 @@ def _train(
                 taker.on_record(_stopped(distiller, str(error)))
         raise
     finally:
-        for taker in takers:
-            taker.close()
+        close(takers)
     weights = parallel.weights(distiller.model, dtypes)
     parallel.once(lambda: _write(distiller.model, weights, tokenizer, finished))
     parallel.once(checkpoints.remove)
