@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from gearshift.cli import app
 from gearshift.formats.spec_file import read_spec
-from gearshift.quickstart import QuickstartSettings
+from gearshift.quickstart_job import QuickstartSettings
 from gearshift.settings import load_settings
 from gearshift.surgery import load_surgery
 from gearshift.train import load_recipe

@@ -171,9 +171,10 @@ def _print_estimate(recipe: "Recipe", gpus: int | None, gigabytes: float | None)
     with err.status("estimating"):
         stages = estimate(recipe, gpus)
         memory = device_memory(recipe, gpus) if gigabytes is None else round(gigabytes * 1e9)
+        said = remarks(recipe, stages)
         too_large = [] if memory is None else advice(recipe, stages, memory, gpus)
     out.print(table(stages, memory))
-    for sentence in (*remarks(stages), *too_large):
+    for sentence in (*said, *too_large):
         out.print(sentence)
     if too_large:
         raise typer.Exit(1)

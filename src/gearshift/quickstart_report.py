@@ -3,12 +3,13 @@
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from gearshift.inspect import active_parameters, describe_settings
 from gearshift.model.schema import schema
+from gearshift.quickstart_job import Job
 from gearshift.report import (
     Candidate,
     CostSpan,
@@ -31,11 +32,8 @@ from gearshift.report import Step as ReportStep
 from gearshift.report.history import stage_of
 from gearshift.tiny import TINY
 
-if TYPE_CHECKING:
-    from gearshift.quickstart import Job
 
-
-def write_report(job: "Job") -> Path:
+def write_report(job: Job) -> Path:
     """Write `report.html` and `report.json` of a job whose steps are done; returns the page's path."""
     spec = job.model.spec
     source = job.results["convert"]["source"]
@@ -78,7 +76,7 @@ def write_report(job: "Job") -> Path:
     return write(report, job.out)
 
 
-def _settings(job: "Job") -> dict[str, Any]:
+def _settings(job: Job) -> dict[str, Any]:
     return job.settings.model_dump(mode="json")
 
 
@@ -92,7 +90,7 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def _quality(job: "Job") -> Quality:
+def _quality(job: Job) -> Quality:
     before, after = job.results["before"], job.results["after"]
     return Quality(
         tokens=after["positions"],
@@ -119,7 +117,7 @@ def _stages(records: list[dict[str, Any]]) -> tuple[Stage, ...]:
     return tuple(stage_of(stage[0]["type"], stage) for stage in stages.values())
 
 
-def _search(job: "Job") -> Search:
+def _search(job: Job) -> Search:
     found = job.results["search"]
     return Search(
         cost_unit=found["cost"]["unit"],

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -188,6 +189,21 @@ def test_an_interrupted_run_leaves_nothing_that_is_mistaken_for_tokens(tmp_path:
     write(tmp_path / "a.jsonl", ["good"])
     assert len(open_corpus([source], letters(), 2, cache=tmp_path / "cache")) == 2
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("file", ["tokens.bin", "documents.bin", "facts.json"])
+@pytest.mark.parametrize("left", [0.5, 0, None])
+def test_damaged_tokens_are_not_mistaken_for_all_of_them(tmp_path: Path, file: str, left: float | None) -> None:
+    """A part of a file, an empty file, none."""
+    given = [write(tmp_path / "a.jsonl", alphabet(20))], letters(), 8, "packed", tmp_path / "cache"
+    whole = open_corpus(*given).draw(range(3))
+    (damaged,) = (tmp_path / "cache").glob(f"*/{file}")
+    content = damaged.read_bytes()
+    damaged.unlink() if left is None else damaged.write_bytes(content[: int(left * len(content))])
+    with pytest.raises(ValueError, match=r"the tokens of .*a.jsonl in .* are damaged \(.*\): remove that folder"):
+        open_corpus(*given).draw(range(3))
+    shutil.rmtree(damaged.parent)
+    assert torch.equal(open_corpus(*given).draw(range(3)).starts, whole.starts)
 
 
 def _count_writers(path: str, cache: str, counted: str) -> None:

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,22 @@ def test_identity_follows_the_file(tmp_path: Path) -> None:
     assert Documents("x", ["a", "b"]).identity() != Documents("x", ["ab"]).identity()
 
 
+def test_a_table_is_read_in_parts(tmp_path: Path) -> None:
+    pieces = Files(parquet(tmp_path / "a.parquet", text=[f"{row:05}" * 1000 for row in range(4000)])).pieces()
+    tracemalloc.start()
+    assert next(pieces).text.startswith("0000000000")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 10e6
+
+
+def test_the_case_of_a_suffix_is_all_one(tmp_path: Path) -> None:
+    (tmp_path / "a.JSONL").write_text('{"text": "one"}\n')
+    (tmp_path / "b.TXT").write_text("two")
+    assert documents(Files(tmp_path / "a.JSONL")) == ["one"]
+    assert documents(Files(tmp_path)) == ["one", "two"]
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch):
     """The hub, replaced by two rows in memory."""
@@ -127,6 +144,8 @@ def hub(monkeypatch: pytest.MonkeyPatch):
 
     def load_dataset(name, config, split):
         asked.append((name, config, split))
+        if name == "org/silent":
+            raise ConnectionError
         if name != "org/name":
             raise ConnectionError(f"Couldn't reach {name}\nand more")
         return datasets.Dataset.from_dict({"text": ["x", "y"], "id": [1, 2], "title": ["x", None]})
@@ -148,6 +167,8 @@ def test_a_dataset_of_the_hub(hub) -> None:
         documents(Dataset("org/name", None, "train", "title"))
     with pytest.raises(ValueError, match=r"'org/other' cannot be loaded: Couldn't reach org/other$"):
         Dataset("org/other", None, "train")
+    with pytest.raises(ValueError, match=r"'org/silent' cannot be loaded: ConnectionError$"):
+        Dataset("org/silent", None, "train")
 
 
 def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,10 +165,34 @@ def test_a_preset_that_a_model_does_not_have_yet_may_be_any_placement(tmp_path: 
     (known,) = estimate(recipe.model_copy(update={"model": str(path)}))
     assert known.unknown == ()
     assert known.total <= unknown.total < 1.15 * known.total
-    (said,) = remarks([unknown])
+    (said,) = remarks(recipe, [unknown])
     assert said.startswith("stage 0 (sft): the model has no preset fast or slow; any placement stands in for one here")
     with pytest.raises(ValueError, match="the placement fast,kda,fast names 3 layers, but the model has 2"):
         estimate(recipe_of(spec_of(layers=2), tmp_path, StochasticStage(steps=1, sampling=named({"fast,kda,fast": 1}))))
+
+
+def test_an_estimate_warns_of_what_its_run_will(tmp_path: Path) -> None:
+    sampling = SandwichSampling(cheapest="yet-to-come", largest="attention")
+    more = {"sequence_length": 129, "teacher": str(tmp_path / "model.yaml")}
+    recipe = recipe_of(spec_of(layers=2), tmp_path, StochasticStage(steps=3, sampling=sampling), **more)
+    positions, of_teacher, idle = remarks(recipe, [])
+    assert positions.startswith("sequence_length is 129, but the model was made for 128 positions")
+    assert of_teacher.startswith("sequence_length is 129, but the teacher was made for 128 positions")
+    assert idle.startswith("stage 0 (stochastic): largest is 'attention', the main placement, of which nothing learns")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    shown = CliRunner().invoke(app, ["train", str(path), "--estimate", "--memory", "10"])
+    assert shown.exit_code == 0, shown.output
+    assert positions in shown.stdout
+
+
+def test_everything_may_learn_where_no_teacher_is_needed(tmp_path: Path) -> None:
+    spec = spec_of(2)
+    recipe = recipe_of(spec, tmp_path, SftStage(steps=2), learning_rate_scales={"*": 1.0})
+    assert estimate(recipe)[0].total == pytest.approx(measured(spec, recipe), rel=0.15)
+    mixed = recipe.model_copy(update={"stages": (*recipe.stages, StochasticStage(steps=1))})
+    with pytest.raises(ValueError, match="the main placement uses it, and that is the teacher"):
+        estimate(mixed)
 
 
 def test_an_estimate_does_not_depend_on_when_garbage_is_collected(tmp_path: Path) -> None:
@@ -348,6 +372,7 @@ def test_on_a_terminal_the_command_shows_that_it_works(tmp_path: Path, monkeypat
     shown = io.StringIO()
     monkeypatch.setattr("gearshift.cli.err", Console(file=shown, force_terminal=True))
     monkeypatch.setattr(train.estimate, "estimate", lambda recipe, gpus: [])
+    monkeypatch.setattr(train.estimate, "remarks", lambda recipe, stages: [])
     path = tmp_path / "recipe.yaml"
     path.write_text("{model: nowhere, output: run, stages: [{type: stochastic, steps: 1}]}")
     assert CliRunner().invoke(app, ["train", str(path), "--estimate"]).exit_code == 0

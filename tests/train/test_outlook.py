@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from gearshift import GearshiftConfig, GearshiftForCausalLM, ModelSpec
 from gearshift.conversion import export
-from gearshift.data import TokenSequences
+from gearshift.data import TokenSequences, open_corpus
 from gearshift.train import Distiller, Recipe, SftStage, train
 from gearshift.train.checkpoint import AVERAGE, WEIGHT, Checkpoints, read_learnt
 from gearshift.train.estimate import estimate
@@ -36,12 +36,14 @@ def llama(source: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("file", [None, "teacher.gguf"])
+@pytest.mark.parametrize("file", [None, "teacher.gguf", "model.safetensors"])
 def test_a_teacher_of_another_format_teaches_as_the_model_itself(
     source: Path, llama: Path, tmp_path: Path, file: str | None
 ) -> None:
     teacher = llama
-    if file is not None:
+    if file == "model.safetensors":
+        teacher = llama / file
+    elif file is not None:
         teacher = tmp_path / file
         gguf_files.write(teacher, AutoModelForCausalLM.from_pretrained(llama))
     other = recipe(source, tmp_path / "other", teacher=str(teacher))
@@ -120,6 +122,21 @@ def test_a_run_begins_with_what_it_will_do(source: Path, tmp_path: Path) -> None
     )
 
 
+def test_what_needs_no_text_is_said_before_it_is_tokenised(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr("gearshift.train.run.open_corpus", lambda *given: order.append("text") or open_corpus(*given))
+    monkeypatch.setattr("gearshift.train.run.remarks", lambda *given: order.append("remarks") or [])
+    train(recipe(source, tmp_path / "run", stages=[STEP]), begun=lambda line: order.append("begun"))
+    assert order == ["remarks", "begun", "text"]
+    order.clear()
+    misspelt = [{**STEP, "sampling": {"type": "sandwich", "cheapest": "fasst"}}]
+    with pytest.raises(ValueError, match="fasst"):
+        train(recipe(source, tmp_path / "new", stages=misspelt))
+    assert order == []
+
+
 def test_the_only_mixer_of_a_layer_is_named_too() -> None:
     block = {"mixer": ATTENTION, "mlp": {"type": "gated", "intermediate_size": 40}}
     decoder = {"num_layers": 2, "pattern": ["block"], "blocks": {"block": block}}
@@ -129,7 +146,8 @@ def test_the_only_mixer_of_a_layer_is_named_too() -> None:
         model="m", output="o", stages=(SftStage(steps=3),), chats=({"path": "c"},), learning_rate_scales=rates
     )
     chats = TokenSequences(tokens(8, 20), None, torch.ones(8, 20, dtype=torch.bool))
-    line = outline(settings, Distiller(GearshiftForCausalLM(GearshiftConfig(spec)), None, settings, chats=chats))
+    model = GearshiftForCausalLM(GearshiftConfig(spec))
+    line = outline(settings, model, Distiller(model, None, settings, chats=chats).scales, 0)
     count = 2 * 24 * 32 + 61 * 24
     expected = f"training m: {count:,} parameters learn, of attention, parts outside the mixers, in 2 of 2 layers;"
     assert line.startswith(expected)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from gearshift import Placement
 from gearshift.settings import load_settings
 from gearshift.train import Callback, Recipe, Record, StepRecord, read_records, train
+from gearshift.train import run as run_module
 from gearshift.train.checkpoint import learnt, read_learnt
 from gearshift.train.estimate import estimate
 from tests.models import supernet, tokens
@@ -367,6 +368,68 @@ def test_two_runs_do_not_write_to_one_folder(source: Path, unbroken: Path, tmp_p
     train(settings, callbacks=[second])
     assert second.refused
     assert timeless(tmp_path / "run") == timeless(unbroken)
+
+
+def test_a_folder_that_another_recipe_has_taken_meanwhile_is_left_alone(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins, and breaks off, while this one reads its text."""
+    read = run_module._read
+
+    def slow(*given: Any) -> str:
+        monkeypatch.setattr(run_module, "_read", read)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(source, tmp_path / "run", seed=1), callbacks=[Interrupt(2)])
+        return read(*given)
+
+    monkeypatch.setattr(run_module, "_read", slow)
+    with pytest.raises(ValueError, match="holds a run of another recipe: there, 'seed' was 1, not 0"):
+        train(recipe(source, tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["seed"] == 1
+    assert len(read_records(tmp_path / "run" / "metrics.jsonl")) == 4
+
+
+@pytest.mark.parametrize("document", [{}, {"recipe": [], "text": ""}, {"recipe": {}}])
+def test_a_recipe_of_something_else_is_no_run(source: Path, tmp_path: Path, document: dict[str, Any]) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="holds something else than a training run"):
+        train(recipe(source, tmp_path))
+
+
+def test_a_lock_that_a_kill_left_behind_is_nobodys(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / run_module.LOCK).touch()
+    assert train(recipe(source, tmp_path / "run", stages=STAGES[:1])).steps == 3
+
+
+class Closed(Callback):
+    """Says that it was closed, and fails at it if it is to."""
+
+    def __init__(self, fails: bool = False):
+        self.fails = fails
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+        if self.fails:
+            raise OSError("no space")
+
+
+def test_every_callback_is_closed_whatever_goes_wrong(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callbacks = Closed(), Closed(fails=True), Closed()
+    with pytest.raises(OSError, match="no space"):
+        train(recipe(source, tmp_path / "one", stages=STAGES[:1]), callbacks=callbacks)
+    assert all(callback.closed for callback in callbacks)
+
+    def refuse(*given: Any) -> None:
+        raise ValueError("no account")
+
+    monkeypatch.setattr(run_module, "make_trackers", refuse)
+    with pytest.raises(ValueError, match="no account"):
+        train(recipe(source, tmp_path / "two", stages=STAGES[:1]), callbacks=[alone := Closed()])
+    assert alone.closed
 
 
 def test_a_full_disk_is_called_by_its_name(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

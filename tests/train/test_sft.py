@@ -255,9 +255,9 @@ def test_stages_of_text_and_of_chats_go_through_each_in_an_order_of_its_own() ->
 def test_a_stage_without_its_data_is_refused() -> None:
     settings = DistillationSettings(stages=(LayerwiseStage(steps=1), sft(sampling=UniformSampling())))
     with pytest.raises(ValueError, match="stage 1 is sft and learns from chats, but got none"):
-        Distiller(supernet(layers=2), chats(), settings)
+        distil(supernet(layers=2), chats(), settings)
     with pytest.raises(ValueError, match="stage 0 is layerwise and learns from text, but got none"):
-        Distiller(supernet(layers=2), None, settings, chats=chats())
+        distil(supernet(layers=2), None, settings, chats=chats())
 
 
 TEMPLATE = (

@@ -12,6 +12,8 @@ LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet",)
 PIECE = 2**20
 """Bytes. A longer plain text is read in pieces, cut at ends of lines."""
+ROWS = 1000
+"""Of a table, read at a time."""
 EXTRA = 'pip install "gearshift[data]"'
 
 Spans = list[tuple[int, int]]
@@ -74,11 +76,11 @@ class Files:
         if not path.exists():
             raise ValueError(f"no {what} at {path}: there is no such file or folder")
         suffixes = (*LINES, *PARQUET) if chats else (*TEXT, *LINES, *PARQUET)
-        inside = (file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
+        inside = (file for file in path.rglob("*") if _suffix(file) in suffixes and file.is_file())
         self.files = sorted(inside) if path.is_dir() else [path]
         if not self.files:
             raise ValueError(f"no {what} in {path}: it holds no file that ends in {', '.join(sorted(suffixes))}")
-        if chats and path.suffix not in suffixes and not path.is_dir():
+        if chats and _suffix(path) not in suffixes and not path.is_dir():
             raise ValueError(f"no chats in {path}: they are read from files that end in {', '.join(sorted(suffixes))}")
         self.size = sum(file.stat().st_size for file in self.files)
 
@@ -89,9 +91,9 @@ class Files:
 
     def pieces(self) -> Iterator[Piece]:
         for file in self.files:
-            if file.suffix in LINES:
+            if _suffix(file) in LINES:
                 yield from _lines(file, self.field, self.chats)
-            elif file.suffix in PARQUET:
+            elif _suffix(file) in PARQUET:
                 yield from _parquet(file, self.field, self.chats)
             else:
                 yield from _plain(file)
@@ -111,9 +113,8 @@ class Dataset:
         try:
             self.rows = load_dataset(dataset, config, split=split)
         except Exception as error:  # what loading a dataset runs into is as varied as datasets are
-            raise ValueError(
-                f"the dataset {dataset!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
-            ) from None
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(f"the dataset {dataset!r} cannot be loaded: {said[0]}") from None
         _check_column(f"the dataset {dataset!r}", field, self.rows.column_names)
         self.size = len(self.rows)
 
@@ -121,7 +122,7 @@ class Dataset:
         return [self.name, self.field, self.rows._fingerprint, *_identity(self.chats)]
 
     def pieces(self) -> Iterator[Piece]:
-        batches = self.rows.select_columns([self.field]).iter(batch_size=1000)
+        batches = self.rows.select_columns([self.field]).iter(ROWS)
         values = chain.from_iterable(rows[self.field] for rows in batches)
         for number, value in enumerate(values, start=1):
             yield _document(value, self.field, f"{self.name}, row {number}", 1, self.chats)
@@ -146,6 +147,10 @@ class Documents:
 def read_text(path: str | Path) -> str:
     """The text of a file, or of all text files below a folder, sorted by path. ValueError if there is none."""
     return "".join(piece.text + "\n\n\n" * piece.ends for piece in Files(path).pieces()).removesuffix("\n\n\n")
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
 
 
 def _plain(path: Path) -> Iterator[Piece]:
@@ -192,7 +197,7 @@ def _parquet(path: Path, field: str, chats: ChatRenderer | None) -> Iterator[Pie
         with parquet.ParquetFile(path) as file:
             _check_column(str(path), field, file.schema_arrow.names)
             amount = path.stat().st_size / max(1, file.metadata.num_rows)
-            batches = file.iter_batches(columns=[field])
+            batches = file.iter_batches(batch_size=ROWS, columns=[field])  # by itself 65,536: of books, all memory
             values = chain.from_iterable(rows.column(0).to_pylist() for rows in batches)
             for number, value in enumerate(values, start=1):
                 yield _document(value, field, f"{path}, row {number}", amount, chats)

@@ -6,7 +6,7 @@ import os
 import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,22 +39,43 @@ class TokenFile:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """`dtype`, `tokens`, `documents` and the `digest` of the tokens and their documents."""
-        return json.loads((self.folder / "facts.json").read_text())
+        with self._damage():
+            return json.loads((self.folder / "facts.json").read_text())
 
     @cached_property
     def tokens(self) -> np.ndarray:
         """[tokens], memory-mapped."""
-        return np.memmap(self.folder / "tokens.bin", self.facts["dtype"], "r")
+        return self._mapped("tokens.bin", self.facts["dtype"], "tokens")
 
     @cached_property
     def starts(self) -> np.ndarray:
         """[documents], int64, rising, memory-mapped: the first token of each document."""
-        return np.memmap(self.folder / "documents.bin", np.int64, "r")
+        return self._mapped("documents.bin", np.int64, "documents")
 
     @cached_property
     def counted(self) -> np.ndarray:
         """[tokens], bool, memory-mapped, of chats only: whether a token is to be learnt."""
-        return np.memmap(self.folder / "counted.bin", np.bool_, "r")
+        return self._mapped("counted.bin", np.bool_, "tokens")
+
+    def _mapped(self, name: str, dtype: Any, length: str) -> np.ndarray:
+        """A file of as many numbers as the fact `length` says. ValueError if it has others."""
+        expected = self.facts[length]
+        with self._damage():
+            mapped = np.memmap(self.folder / name, dtype, "r")
+            if len(mapped) != expected:
+                raise ValueError(f"{name} holds {len(mapped):,} of {expected:,} numbers")
+            return mapped
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        """Within, ValueError that says what to do where a file is not as it was written."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the tokens of {self.name} in {self.folder} are damaged ({error}): remove that folder, so that they"
+                " are made again"
+            ) from None
 
 
 def cache_folder() -> Path:
@@ -102,10 +123,10 @@ def _write(reader: Reader, tokenizer: Any, target: Path) -> None:
     try:
         with writing(target), bar(Console(stderr=True), f"tokenising {reader.name}", reader.size) as advance:
             facts = _write_tokens(reader, tokenizer, fresh, advance)
+            (fresh / "facts.json").write_text(json.dumps(facts))
         if not facts["tokens"]:
             what = ("text", "is empty") if reader.chats is None else ("chat", "has no turn of the assistant")
             raise ValueError(f"there is no {what[0]} in {reader.name}: all that it holds {what[1]}")
-        (fresh / "facts.json").write_text(json.dumps(facts))
         fresh.rename(target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -25,7 +25,7 @@ from gearshift.spec.placement import MOST_LAYERS
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 """A model on the hub: `organisation/name`."""
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model")
-_SPECS = (".yaml", ".yml", ".json")
+SPEC_SUFFIXES = (".yaml", ".yml", ".json")
 _WEIGHTS = (SAFETENSORS.suffix, PICKLE.suffix, ".pt", ".pth", ".ckpt")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _COMPARED_AT_ONCE = 1 << 24
@@ -82,7 +82,7 @@ def _open(source: str | Path, allow_pickle: bool) -> Checkpoint:
         from gearshift.formats.gguf.checkpoint import open_gguf
 
         return open_gguf(path)
-    if path.suffix in _SPECS and path.name != CONFIG and path.is_file():
+    if path.suffix in SPEC_SUFFIXES and path.name != CONFIG and path.is_file():
         from gearshift.formats.spec_file import open_spec_file
 
         return open_spec_file(path)

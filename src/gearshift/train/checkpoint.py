@@ -46,6 +46,12 @@ class Checkpoints:
         """The last checkpoint, None if there is none."""
         return max(self.folder.glob("step-*"), default=None)
 
+    @property
+    def steps(self) -> int:
+        """Steps done, over all stages, by the last checkpoint; 0 if there is none."""
+        last = self.latest()
+        return 0 if last is None else int(last.name.split("-")[1])
+
     def save(self, distiller: Distiller) -> None:
         """Write a checkpoint, then remove those before it."""
         self.wait()

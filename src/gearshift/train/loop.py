@@ -19,9 +19,9 @@ from gearshift.train.ema import Average
 from gearshift.train.engine import Engine, make_engine
 from gearshift.train.guard import TrainingDivergedError, first_bad_tensor, guarded_step
 from gearshift.train.layerwise import LayerwiseRun
-from gearshift.train.metrics import CalibrationRecord, Callback, Record, StageEndRecord, StepRecord
+from gearshift.train.metrics import CalibrationRecord, Callback, Record, StageEndRecord, StepRecord, close
 from gearshift.train.noise import is_noisy, seeded, set_modes
-from gearshift.train.optim import clip, learning_rate_scales, make_optimiser, schedule, set_learning_rate
+from gearshift.train.optim import clip, learning, make_optimiser, schedule, set_learning_rate
 from gearshift.train.parallel import ALONE, Parallel
 from gearshift.train.recipe import DistillationSettings, LayerwiseStage
 from gearshift.train.stage import StageRun
@@ -61,7 +61,7 @@ class Distiller:
 
         Args:
             model: the supernet, in float32 where it is to learn. It is changed in place.
-            sequences: what it learns from. None if all stages learn from chats.
+            sequences: what it learns from. None if all stages learn from chats, or until `read_from` says.
             settings: how.
             teacher: a reference model of the same shape, whose main placement teaches. None: the model's own.
             held_out: what each stage is judged on at its end.
@@ -76,12 +76,7 @@ class Distiller:
         self.teacher = model if teacher is None else teacher
         self.parallel = parallel
         self.parallel.check(settings)
-        self._sequences = {False: sequences, True: chats}
-        self._held_out = {False: held_out, True: held_out_chats}
-        for index, stage in enumerate(settings.stages):
-            if self._sequences[stage.reads_chats] is None:
-                what = "chats" if stage.reads_chats else "text"
-                raise ValueError(f"stage {index} is {stage.type} and learns from {what}, but got none")
+        self.read_from(sequences, held_out, chats, held_out_chats)
         self.progress = Progress()
         self.optimiser: torch.optim.AdamW | None = None
         self.average: Average | None = None
@@ -91,8 +86,7 @@ class Distiller:
         for module in model.modules():
             if isinstance(module, Mixer):
                 module.check_device(self.device, learning=True)
-        own = teacher is None and any(stage.needs_teacher for stage in settings.stages)
-        self.scales = learning_rate_scales(model, settings.learning_rate_scales, settings.freeze, own)
+        self.scales = learning(model, settings, other_teacher=teacher is not None)
         """Name -> factor on the learning rate, of the parameters that learn."""
         if teacher is not None:
             _check_teacher(model, teacher, settings)
@@ -100,8 +94,26 @@ class Distiller:
             for index in range(len(settings.stages)):
                 self._stage_run(index)
 
+    def read_from(
+        self,
+        sequences: Sequences | None,
+        held_out: TokenSequences | None = None,
+        chats: Sequences | None = None,
+        held_out_chats: TokenSequences | None = None,
+    ) -> None:
+        """What to learn from and to be judged on, where that is there only once the settings have been checked."""
+        self._sequences = {False: sequences, True: chats}
+        self._held_out = {False: held_out, True: held_out_chats}
+
     def run(self) -> Iterator[Record]:
-        """Do what is left, yielding a record after every step, every calibration and every stage."""
+        """Do what is left, yielding a record after every step, every calibration and every stage.
+
+        ValueError if there is nothing that a stage can learn from.
+        """
+        for index, stage in enumerate(self.settings.stages):
+            if self._sequences[stage.reads_chats] is None:
+                what = "chats" if stage.reads_chats else "text"
+                raise ValueError(f"stage {index} is {stage.type} and learns from {what}, but got none")
         with self._learning():
             while self.progress.stage < len(self.settings.stages):
                 yield from self._run_stage(self.progress.stage)
@@ -353,8 +365,7 @@ def distil(
             for callback in callbacks:
                 callback.on_record(record)
     finally:
-        for callback in callbacks:
-            callback.close()
+        close(callbacks)
 
 
 def _read(terms: Mapping[Any, Tensor]) -> dict[Any, float]:

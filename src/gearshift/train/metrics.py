@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
@@ -180,6 +181,13 @@ class Callback:
 
     def close(self) -> None:
         """The run is over, or was interrupted."""
+
+
+def close(callbacks: Iterable[Callback]) -> None:
+    """Close them all, even if one of them cannot be."""
+    with ExitStack() as stack:
+        for callback in callbacks:
+            stack.callback(callback.close)
 
 
 class JsonLines(Callback):

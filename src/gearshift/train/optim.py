@@ -12,7 +12,7 @@ from gearshift.model import GearshiftForCausalLM
 from gearshift.model.adapter_names import beside_adapters, plain
 from gearshift.model.block import StochasticMixer
 from gearshift.train.parallel import ALONE, Gradients, Parallel, local
-from gearshift.train.recipe import OptimiserSettings, ScheduleSettings
+from gearshift.train.recipe import DistillationSettings, OptimiserSettings, ScheduleSettings
 
 
 def main_parameters(model: GearshiftForCausalLM) -> set[str]:
@@ -69,6 +69,12 @@ def learning_rate_scales(
     if not learning:
         raise ValueError("nothing can learn: every parameter is frozen, or the model has no mixers but the main ones")
     return learning
+
+
+def learning(model: GearshiftForCausalLM, settings: DistillationSettings, other_teacher: bool) -> dict[str, float]:
+    """As `learning_rate_scales`, by a run's settings, with or without a reference model that teaches."""
+    own = not other_teacher and any(stage.needs_teacher for stage in settings.stages)
+    return learning_rate_scales(model, settings.learning_rate_scales, settings.freeze, own)
 
 
 class LocalAdamW(torch.optim.AdamW):

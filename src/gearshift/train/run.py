@@ -25,7 +25,8 @@ from gearshift.train.checkpoint import Checkpoints, replacing
 from gearshift.train.engine import Precision
 from gearshift.train.guard import TrainingDivergedError
 from gearshift.train.loop import Distiller
-from gearshift.train.metrics import Callback, JsonLines, Record, StageEndRecord, StepRecord, StoppedRecord
+from gearshift.train.metrics import Callback, JsonLines, Record, StageEndRecord, StepRecord, StoppedRecord, close
+from gearshift.train.optim import main_parameters
 from gearshift.train.outlook import outline, remarks
 from gearshift.train.parallel import ALONE, Parallel, parallelise, process_group
 from gearshift.train.recipe import Recipe
@@ -45,6 +46,8 @@ MAY_CHANGE = {
     "cuda_graphs",
 }
 """What a resumed run may say otherwise than the run that it goes on with: nothing that decides what is learnt."""
+LOCK = ".lock"
+"""In the output folder while a process writes to it."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,12 @@ def train(
         recipe: what to do.
         progress: called with every record as it is made; of several processes, on the first alone.
         callbacks: the same, and told of the end.
-        begun: called before the first step, with a line on what is to be done; of several processes, on the first.
+        begun: called before the text is read, with a line on what is to be done; of several processes, on the first.
 
     Raises ValueError if something the recipe names is not there or does not fit, or if the output folder holds a run
     of another recipe, or another process that writes to it.
     """
-    lock = FileLock(Path(recipe.output) / ".lock")
+    lock = FileLock(Path(recipe.output) / LOCK)
     try:
         with process_group():
             return _train(recipe, progress, callbacks, begun, lock)
@@ -105,23 +108,22 @@ def _train(
     if parallel.once(lambda: _is_finished(recipe, output, finished)):
         return nothing_to_do
     check_trackers(recipe.trackers)
-    distiller, tokenizer, dtypes, text = _prepare(recipe, device, parallel)
+    distiller, tokenizer, dtypes = _prepare(recipe, device, parallel)
+    checkpoints = Checkpoints(output / "checkpoints", background=device.type == "cuda")
+    if parallel.is_first:
+        _say(recipe, distiller, checkpoints.steps, begun)
+    text = _read(recipe, tokenizer, distiller)
     if parallel.once(lambda: _claim(recipe, output, text, lock)):
         return nothing_to_do
-    checkpoints = Checkpoints(output / "checkpoints", background=device.type == "cuda")
     resumed = checkpoints.restore(distiller)
     at = distiller.global_step
-    if parallel.is_first:
-        for sentence in remarks(recipe, distiller):
-            warnings.warn(sentence, stacklevel=1)
-        if begun is not None:
-            begun(outline(recipe, distiller))
     takers: list[Callback] = []
     try:
         if parallel.is_first:
             lines = JsonLines(output / "metrics.jsonl", distiller.progress.stage, distiller.progress.step)
             settings = recipe.model_dump(mode="json")
-            takers = [lines, *callbacks, *make_trackers(recipe.trackers, output, recipe.log_every, settings)]
+            takers = [lines, *callbacks]
+            takers += make_trackers(recipe.trackers, output, recipe.log_every, settings)
         for record in distiller.run():
             for taker in takers:
                 taker.on_record(record)
@@ -139,8 +141,7 @@ def _train(
                 taker.on_record(_stopped(distiller, str(error)))
         raise
     finally:
-        for taker in takers:
-            taker.close()
+        close(takers)
     weights = parallel.weights(distiller.model, dtypes)
     parallel.once(lambda: _write(distiller.model, weights, tokenizer, finished))
     parallel.once(checkpoints.remove)
@@ -167,10 +168,8 @@ def _is_finished(recipe: Recipe, output: Path, finished: Path) -> bool:
     return finished.exists()
 
 
-def _prepare(
-    recipe: Recipe, device: torch.device, parallel: Parallel
-) -> tuple[Distiller, Any, dict[str, torch.dtype], str]:
-    """The run before its first step, the tokenizer, the dtypes that the tensors came in, and a digest of the text."""
+def _prepare(recipe: Recipe, device: torch.device, parallel: Parallel) -> tuple[Distiller, Any, dict[str, torch.dtype]]:
+    """The run before it has any text, the tokenizer, and the dtypes that the tensors came in."""
     half = Precision(recipe.autocast, device).enabled
     folder = _folder(recipe.model)
     model = _load(folder)
@@ -183,15 +182,30 @@ def _prepare(
     tokenizer = _tokenizer(folder)
     if recipe.chat_template is not None:
         tokenizer.chat_template = read_text(recipe.chat_template)
+    return Distiller(model, None, recipe, teacher, parallel=parallel), tokenizer, dtypes
+
+
+def _say(recipe: Recipe, distiller: Distiller, steps_done: int, begun: Callable[[str], None] | None) -> None:
+    """What a person may want to know before the text is tokenised, which can take long."""
+    model, teacher = distiller.model, None if distiller.teacher is distiller.model else distiller.teacher.spec
+    main_learns = not distiller.scales.keys().isdisjoint(main_parameters(model))
+    for sentence in remarks(recipe, model.spec, model.presets, teacher, main_learns):
+        warnings.warn(sentence, stacklevel=1)
+    if begun is not None:
+        begun(outline(recipe, model, distiller.scales, steps_done))
+
+
+def _read(recipe: Recipe, tokenizer: Any, distiller: Distiller) -> str:
+    """Give the run what it learns from and is judged on. Returns a digest of it."""
     settings = (tokenizer, recipe.sequence_length, recipe.documents, recipe.data_cache)
     kinds = {stage.reads_chats for stage in recipe.stages}
     text, held_out = _divided(open_corpus(recipe.sources, *settings) if False in kinds else None, recipe.held_out)
     chats, held_out_chats = _divided(
-        open_chats(recipe.chats or (), *settings, quiet=not parallel.is_first) if True in kinds else None,
+        open_chats(recipe.chats or (), *settings, quiet=not distiller.parallel.is_first) if True in kinds else None,
         recipe.held_out,
     )
-    distiller = Distiller(model, text, recipe, teacher, held_out, chats, held_out_chats, parallel)
-    return distiller, tokenizer, dtypes, " ".join(corpus.digest() for corpus in (text, chats) if corpus is not None)
+    distiller.read_from(text, held_out, chats, held_out_chats)
+    return " ".join(corpus.digest() for corpus in (text, chats) if corpus is not None)
 
 
 def _divided(corpus: Corpus | None, held_out: int) -> tuple[Corpus | None, TokenSequences | None]:
@@ -282,11 +296,15 @@ def _device(name: str) -> torch.device:
 def _check_same_recipe(recipe: Recipe, output: Path) -> None:
     """ValueError if the output folder holds the run of another recipe, or something else altogether."""
     path = output / "recipe.json"
-    if output.exists() and not path.exists() and any(output.iterdir()):
-        raise ValueError(f"the output folder {output} holds something else than a training run: choose another one")
+    strange = ValueError(f"the output folder {output} holds something else than a training run: choose another one")
     if not path.exists():
+        if output.exists() and any(file.name != LOCK for file in output.iterdir()):
+            raise strange
         return
-    written = read_json(path)["recipe"]
+    read = read_json(path)
+    if not isinstance(read.get("recipe"), dict) or "text" not in read:
+        raise strange
+    written = read["recipe"]
     written = {key: value for key, value in written.items() if value != []}  # a list not given was once an empty one
     before, now = (made.model_dump(mode="json") for made in (read_again(Recipe, written, path), recipe))
     for key in now:
@@ -309,20 +327,22 @@ def _difference(where: str, was: Any, is_now: Any) -> tuple[str, Any, Any]:
 
 
 def _claim(recipe: Recipe, output: Path, text: str, lock: FileLock) -> bool:
-    """Write down whose folder this is, and take its `lock`. Returns whether a run that had it has finished meanwhile.
+    """Take the `lock` of this folder, and write down whose it is. Returns whether a run that had it has finished.
 
-    ValueError if it is a run on another text, by the digest `text`, or if another process has the lock.
+    ValueError if another process has the lock, if the run of another recipe has begun there meanwhile, or if it is one
+    on another text, by the digest `text`.
     """
-    path = output / "recipe.json"
-    if not path.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"recipe": recipe.model_dump(mode="json"), "text": text})
-    elif read_json(path)["text"] != text:
-        raise ValueError(f"the text has changed since the run in {output} began: choose another output folder")
+    output.mkdir(parents=True, exist_ok=True)
     try:
         take(lock)
     except Timeout:
         raise ValueError(
             f"another run writes to {output} now{holder(lock)}: wait for it, or choose another output folder"
         ) from None
+    path = output / "recipe.json"
+    _check_same_recipe(recipe, output)
+    if not path.exists():
+        write_json(path, {"recipe": recipe.model_dump(mode="json"), "text": text})
+    elif read_json(path)["text"] != text:
+        raise ValueError(f"the text has changed since the run in {output} began: choose another output folder")
     return (output / "model").exists()

@@ -7,17 +7,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gearshift.formats import HUB_NAME, NativeConfig, hub_folder, open_checkpoint
+from gearshift.formats.checkpoint import SPEC_SUFFIXES
 from gearshift.formats.spec_file import read_native
 from gearshift.model.schema import skeleton
 from gearshift.spec import ModelSpec, Placement
 from gearshift.spec.model import shortest_pattern
 from gearshift.spec.placement import NAME
+from gearshift.train import outlook
 from gearshift.train.estimate.rehearsal import LayerCosts, Rehearsal, rehearse
-from gearshift.train.optim import learning_rate_scales
+from gearshift.train.optim import learning, main_parameters
 from gearshift.train.parallel.processes import mesh_sizes
 from gearshift.train.recipe import LayerwiseStage, ParallelSettings, Recipe, Stage
 from gearshift.train.sampling import AllocationSampling
@@ -79,8 +82,7 @@ def estimate(recipe: Recipe, gpus: int | None = None) -> list[StageEstimate]:
 
     Raises ValueError for what a run would refuse too.
     """
-    native = model_config(recipe.model, "model")
-    teacher = None if recipe.teacher == "self" else model_config(recipe.teacher, "teacher").spec
+    native, teacher = _configs(recipe)
     cuda = gpus is not None or recipe.device.startswith("cuda")
     cuda = cuda or (recipe.device == "auto" and torch.cuda.is_available())
     ranks = Ranks.of(recipe, gpus or 1)
@@ -89,14 +91,29 @@ def estimate(recipe: Recipe, gpus: int | None = None) -> list[StageEstimate]:
     return [_estimate_stage(native, teacher, recipe, index, cuda, ranks) for index in range(len(recipe.stages))]
 
 
+def run_remarks(recipe: Recipe) -> list[str]:
+    """What a run of `recipe` will warn of, from configs alone."""
+    native, teacher = _configs(recipe)
+    model: Any = skeleton(native.spec)
+    scales = learning(model, recipe, other_teacher=teacher is not None)
+    main_learns = not scales.keys().isdisjoint(main_parameters(model))
+    return list(outlook.remarks(recipe, native.spec, native.presets, teacher, main_learns))
+
+
+def _configs(recipe: Recipe) -> tuple[NativeConfig, ModelSpec | None]:
+    """The model's config, and the teacher's spec, None if it is the model itself."""
+    native = model_config(recipe.model, "model")
+    return native, None if recipe.teacher == "self" else model_config(recipe.teacher, "teacher").spec
+
+
 def model_config(name: str, key: str) -> NativeConfig:
-    """The config of a folder, of a spec file or of a model on the hub. No weight is read or downloaded.
+    """The config of a folder, of a file of weights, of a spec file or of a model on the hub. No weight is read.
 
     ValueError if there is none, which says that a recipe's `key` names it.
     """
     path = Path(name)
     if path.is_file():
-        return open_checkpoint(path).native if path.suffix == ".gguf" else read_native(path)
+        return read_native(path) if path.suffix in SPEC_SUFFIXES else open_checkpoint(path).native
     if (path / "config.json").is_file():
         return read_native(path / "config.json")
     why = f"{key}: there is no config of {name!r}"
@@ -220,14 +237,9 @@ class _Whole:
         self.spec = spec
         self.parts = recipe.parts_of(index)
         self.layers = layers
-        self.model = skeleton(spec)
+        model: Any = skeleton(spec)
         self.moments = STATE if recipe.ema is None else STATE + 4
-        scales = learning_rate_scales(
-            self.model,  # type: ignore[arg-type]
-            recipe.learning_rate_scales,
-            recipe.freeze,
-            teacher is None,
-        )
+        scales = learning(model, recipe, other_teacher=teacher is not None)
         self.sizes = _sizes(spec)
         self.learning = {name: self.sizes[name] for name in scales}
         self.learners = {_mixer(name) for name in self.learning}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from rich.table import Table
 
-from gearshift.train.estimate.stages import PARTS, StageEstimate, estimate
+from gearshift.train.estimate.stages import PARTS, StageEstimate, estimate, run_remarks
 from gearshift.train.recipe import Recipe, SampledStage, StageSettings
 
 
@@ -42,9 +42,9 @@ def device_memory(recipe: Recipe, gpus: int | None) -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def remarks(stages: Sequence[StageEstimate]) -> list[str]:
-    """A sentence for each stage that samples presets which the model does not have."""
-    return [
+def remarks(recipe: Recipe, stages: Sequence[StageEstimate]) -> list[str]:
+    """What the run will warn of, and a sentence for each stage that samples presets which the model does not have."""
+    return run_remarks(recipe) + [
         f"stage {index} ({stage.type}): the model has no preset {' or '.join(stage.unknown)}; any placement stands in"
         " for one here, but a run needs them in the model (gearshift search --save-presets)"
         for index, stage in enumerate(stages)
