@@ -1,7 +1,6 @@
 """Tokens on disk, cut into sequences: nothing lost, nothing doubled, boundaries where they belong."""
 
 import json
-import multiprocessing
 import os
 import shutil
 from collections import Counter
@@ -14,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from tests.data.letters import END, letters, spelled
+from tests.train.processes import run_processes
 
 from gearshift.data import Corpus, DataSource, TokenSequences, open_corpus, tokens
 from gearshift.data.python_text import python_documents
@@ -218,14 +218,7 @@ def _count_writers(path: str, cache: str, counted: str) -> None:
 
 def test_of_processes_that_want_the_same_tokens_one_writes(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", alphabet(60) * 50)
-    context = multiprocessing.get_context("fork")
-    arguments = tuple(str(tmp_path / name) for name in ("a.jsonl", "cache", "counted"))
-    ranks = [context.Process(target=_count_writers, args=arguments) for _ in range(3)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(60)
-    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    run_processes(3, _count_writers, *(str(tmp_path / name) for name in ("a.jsonl", "cache", "counted")))
     assert (tmp_path / "counted").read_text() == "once\n"
 
 
