@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,10 @@ def train_in_background(*work: Any) -> TrainResult:
 
 
 class Copy(Callback):
-    """Copies a run's folder when step 3 has been recorded: what a kill would leave."""
+    """Copies a run's folder when step 3 has been recorded: what a kill would leave.
+
+    Once a checkpoint that is written in the background is in its place: a kill leaves no folder torn by its renaming.
+    """
 
     def __init__(self, output: Path, target: Path):
         self.output = output
@@ -126,6 +130,8 @@ class Copy(Callback):
 
     def on_record(self, record: Record) -> None:
         if isinstance(record, StepRecord) and record.global_step == 3:
+            while len(list((self.output / "checkpoints").iterdir())) > 1:
+                time.sleep(0.01)
             shutil.copytree(self.output, self.target)
 
 
