@@ -137,6 +137,18 @@ def test_a_kill_while_a_checkpoint_is_written_costs_only_that_checkpoint(
     assert timeless(tmp_path / "run") == timeless(unbroken)
 
 
+def test_what_others_put_beside_checkpoints_does_not_end_the_run(source: Path, tmp_path: Path) -> None:
+    class FileManager(Callback):
+        def on_record(self, record: Record) -> None:
+            (tmp_path / "run" / "checkpoints").mkdir(exist_ok=True)
+            (tmp_path / "run" / "checkpoints" / ".DS_Store").touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(source, tmp_path / "run"), callbacks=[FileManager(), Interrupt(3)])
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == [".DS_Store", "step-00000003-stage-01"]
+
+
 def test_a_finished_run_does_nothing(source: Path, unbroken: Path) -> None:
     weights = (unbroken / "model" / "model.safetensors").stat().st_mtime_ns
     result = train(recipe(source, unbroken, held_out=2, log_every=3))
