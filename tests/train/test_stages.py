@@ -82,6 +82,17 @@ def test_both_stages_learn_and_the_main_placement_stays_what_it_was() -> None:
     assert not model.training
 
 
+def test_held_out_text_is_judged_without_the_temperature() -> None:
+    """So that what was learnt at different temperatures compares."""
+    ends = []
+    for temperature in (1.0, 3.0):
+        records: list[Record] = []
+        stage = StochasticStage(steps=0, temperature=temperature)
+        distil(supernet(layers=2), sequences(), settings(stage), records.append, held_out=sequences(4))
+        ends.append(records[-1].held_out)
+    assert ends[0] == ends[1]
+
+
 def test_progress_moves_by_steps_over_all_stages_and_tells_the_stage_and_the_loss() -> None:
     moves: list[tuple[float, str | None]] = []
     records = train(supernet(layers=2), LayerwiseStage(steps=2), StochasticStage(steps=2, sampling=only("gdn*2")))

@@ -135,7 +135,7 @@ class SampledStage(StageSettings):
     losses: LossWeights | ChatLossWeights
     """What the placement is judged by."""
     temperature: Rate = 1.0
-    """Divides the logits of both divergences."""
+    """Divides the logits of both divergences. Held-out sequences are judged without it."""
     recompute: bool = False
     """Whether the backward pass computes each layer again instead of keeping its activations: slower by about a third,
     and memory for one layer's activations instead of all. The result is the same."""
