@@ -276,6 +276,10 @@ class DistillationSettings(Spec):
         """Parts that a step of stage `stage` is processed in."""
         return self.stages[stage].gradient_accumulation or self.gradient_accumulation
 
+    def part_size_of(self, stage: int) -> int:
+        """Sequences in each of those parts."""
+        return self.batch_size_of(stage) // self.parts_of(stage)
+
     @property
     def total_steps(self) -> int:
         """Optimiser steps of all stages."""
