@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from gearshift import Placement
 from gearshift.settings import load_settings
 from gearshift.train import Callback, Recipe, Record, StepRecord, read_records, train
+from gearshift.train import run as running
 from gearshift.train.checkpoint import learnt, read_learnt
 from gearshift.train.estimate import estimate
 from tests.models import supernet, tokens
@@ -379,6 +380,21 @@ def test_two_runs_do_not_write_to_one_folder(source: Path, unbroken: Path, tmp_p
     train(settings, callbacks=[second])
     assert second.refused
     assert timeless(tmp_path / "run") == timeless(unbroken)
+
+
+def test_a_run_that_began_in_the_folder_meanwhile_is_not_taken_over(source, tmp_path, monkeypatch) -> None:
+    """By one of another recipe, which looked before there was any and was busy loading since."""
+
+    def late(*given: Any) -> Any:
+        monkeypatch.undo()
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(source, tmp_path / "run"), callbacks=[Interrupt(3)])
+        return running._prepare(*given)
+
+    monkeypatch.setattr(running, "_prepare", late)
+    with pytest.raises(ValueError, match="holds a run of another recipe: there, 'seed' was 0, not 1"):
+        train(recipe(source, tmp_path / "run", seed=1))
+    assert train(recipe(source, tmp_path / "run")).resumed_at == 3
 
 
 def test_a_full_disk_is_called_by_its_name(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

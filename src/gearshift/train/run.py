@@ -46,6 +46,9 @@ MAY_CHANGE = {
 }
 """What a resumed run may say otherwise than the run that it goes on with: nothing that decides what is learnt."""
 
+LOCK = ".lock"
+"""In the output folder: held by the run that writes to it."""
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -82,7 +85,7 @@ def train(
     Raises ValueError if something the recipe names is not there or does not fit, or if the output folder holds a run
     of another recipe, or another process that writes to it.
     """
-    lock = FileLock(Path(recipe.output) / ".lock")
+    lock = FileLock(Path(recipe.output) / LOCK)
     try:
         with process_group():
             return _train(recipe, progress, callbacks, begun, lock)
@@ -282,7 +285,7 @@ def _device(name: str) -> torch.device:
 def _check_same_recipe(recipe: Recipe, output: Path) -> None:
     """ValueError if the output folder holds the run of another recipe, or something else altogether."""
     path = output / "recipe.json"
-    if output.exists() and not path.exists() and any(output.iterdir()):
+    if output.exists() and not path.exists() and any(found.name != LOCK for found in output.iterdir()):
         raise ValueError(f"the output folder {output} holds something else than a training run: choose another one")
     if not path.exists():
         return
@@ -309,20 +312,23 @@ def _difference(where: str, was: Any, is_now: Any) -> tuple[str, Any, Any]:
 
 
 def _claim(recipe: Recipe, output: Path, text: str, lock: FileLock) -> bool:
-    """Write down whose folder this is, and take its `lock`. Returns whether a run that had it has finished meanwhile.
+    """Take the folder's `lock`, and write down whose it is. Returns whether a run that had it has finished meanwhile.
 
-    ValueError if it is a run on another text, by the digest `text`, or if another process has the lock.
+    ValueError if another process has the lock, or if it is a run of another recipe, or on another text, by the digest
+    `text`.
     """
-    path = output / "recipe.json"
-    if not path.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"recipe": recipe.model_dump(mode="json"), "text": text})
-    elif read_json(path)["text"] != text:
-        raise ValueError(f"the text has changed since the run in {output} began: choose another output folder")
+    output.mkdir(parents=True, exist_ok=True)
     try:
         take(lock)
     except Timeout:
         raise ValueError(
             f"another run writes to {output} now{holder(lock)}: wait for it, or choose another output folder"
         ) from None
+    path = output / "recipe.json"
+    if path.exists():
+        _check_same_recipe(recipe, output)  # again: it may have come since
+        if read_json(path)["text"] != text:
+            raise ValueError(f"the text has changed since the run in {output} began: choose another output folder")
+    else:
+        write_json(path, {"recipe": recipe.model_dump(mode="json"), "text": text})
     return (output / "model").exists()
