@@ -153,8 +153,10 @@ class Distiller:
         if self.optimiser is None:
             self.optimiser, self.average = self.make_optimiser(), self.make_average()
         with closing(self._batches(index)) as batches:
+            started = time.perf_counter()
             for batch in batches:
-                yield self._step(index, run, batch)
+                yield self._step(index, run, batch, started)
+                started = time.perf_counter()
         if self.average is not None:
             self.average.apply()
         held_out = self._measure(index, run)
@@ -183,8 +185,8 @@ class Distiller:
             stage=index, type=kind, step=0, global_step=self.global_step, seconds=seconds, **errors
         )
 
-    def _step(self, index: int, run: StageRun, batch: Batch) -> StepRecord:
-        started = time.perf_counter()
+    def _step(self, index: int, run: StageRun, batch: Batch, started: float) -> StepRecord:
+        """Learn from `batch`, which has been waited for since `started`."""
         stage, settings, step = self.settings.stages[index], self.settings, self.progress.step
         global_step = self._steps_before(index) + step
         assert self.optimiser is not None
