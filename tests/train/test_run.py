@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from gearshift import Placement
 from gearshift.settings import load_settings
-from gearshift.train import Callback, Recipe, Record, StepRecord, read_records, train
+from gearshift.train import Callback, JsonLines, Recipe, Record, StepRecord, read_records, train
 from gearshift.train import run as running
 from gearshift.train.checkpoint import learnt, read_learnt
 from gearshift.train.estimate import estimate
@@ -246,6 +246,30 @@ def test_trackers_are_told_and_a_missing_one_is_refused(source, tmp_path, monkey
     with pytest.raises(ValueError, match="name trackio, which is not installed"):
         train(recipe(source, tmp_path / "new", trackers=["trackio"]))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_tracker_that_cannot_begin_leaves_nothing_open(source, tmp_path, monkeypatch) -> None:
+    opened: list[JsonLines] = []
+    told: list[str] = []
+
+    class Noting(JsonLines):
+        def __init__(self, *given: Any):
+            super().__init__(*given)
+            opened.append(self)
+
+    class Watching(Callback):
+        def close(self) -> None:
+            told.append("over")
+
+    def refused(*given: Any) -> None:
+        raise ValueError("no account")
+
+    monkeypatch.setattr(running, "JsonLines", Noting)
+    monkeypatch.setattr(running, "make_trackers", refused)
+    with pytest.raises(ValueError, match="no account"):
+        train(recipe(source, tmp_path / "run"), callbacks=[Watching()])
+    assert told == ["over"]
+    assert [lines._file.closed for lines in opened] == [True]
 
 
 def test_numbers_that_json_lacks_become_null(source: Path, unbroken: Path) -> None:

@@ -123,8 +123,8 @@ def _train(
     try:
         if parallel.is_first:
             lines = JsonLines(output / "metrics.jsonl", distiller.progress.stage, distiller.progress.step)
-            settings = recipe.model_dump(mode="json")
-            takers = [lines, *callbacks, *make_trackers(recipe.trackers, output, recipe.log_every, settings)]
+            takers += [lines, *callbacks]
+            takers += make_trackers(recipe.trackers, output, recipe.log_every, recipe.model_dump(mode="json"))
         for record in distiller.run():
             for taker in takers:
                 taker.on_record(record)
