@@ -108,6 +108,7 @@ def _train(
     if parallel.once(lambda: _is_finished(recipe, output, finished)):
         return nothing_to_do
     check_trackers(recipe.trackers)
+    parallel.check(recipe)  # before the text is read, which may take long
     distiller, tokenizer, dtypes, text = _prepare(recipe, device, parallel)
     if parallel.once(lambda: _claim(recipe, output, text, lock)):
         return nothing_to_do
