@@ -18,11 +18,15 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
+PATIENCE = 120.0
+"""Seconds that a process may take."""
+
+
 def run_processes(world: int, work: Callable[..., Any], *given: Any, check: bool = True) -> None:
     """Call `work(*given)`, which is pickled, in `world` processes that find each other as torchrun's do.
 
     They have the environment of this one, and nothing else that was patched in it. With `check`, AssertionError if one
-    fails.
+    fails, or has to be killed because it does not end.
     """
     # Theirs is a store of this process, as torchrun's is: a port that is only known to be free can be taken since.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -39,8 +43,9 @@ def run_processes(world: int, work: Callable[..., Any], *given: Any, check: bool
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(PATIENCE)
         process.kill()
+        process.join()  # by itself, a kill leaves no exit code yet
     said = "" if failures.empty() else failures.get()
     codes = [process.exitcode for process in processes]
     assert not check or not any(codes), said or codes

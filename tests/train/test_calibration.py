@@ -23,8 +23,8 @@ def student(scale: float = 5.0) -> GearshiftForCausalLM:
     return model
 
 
-def run(model: GearshiftForCausalLM, method: str) -> LayerwiseRun:
-    stage = LayerwiseStage(steps=1, calibration=method)
+def run(model: GearshiftForCausalLM, method: str, **more: float) -> LayerwiseRun:
+    stage = LayerwiseStage(steps=1, calibration=method, **more)
     return LayerwiseRun(model, model, Engine(Precision("auto", torch.device("cpu")), BlockSteps()), stage, 0, 8, 4)
 
 
@@ -72,6 +72,12 @@ def test_few_tokens_do_not_hurt() -> None:
     unseen = Batch(tokens(16, 40, seed=1))
     losses = [run(each, "none").measure(unseen)["window", 1].item() for each in (model, scaled)]
     assert losses[0] < losses[1] + 0.1
+
+
+def test_a_hold_too_weak_to_solve_with_is_refused() -> None:
+    """Which finite numbers are not to be blamed for."""
+    with pytest.raises(ValueError, match=r"a ridge of 1e-12 holds the calibration too weakly: raise it, or calibrate"):
+        run(student(), "ridge", ridge=1e-12).calibrate(Batch(tokens(1, 6)))
 
 
 def test_only_projections_that_learn_are_fitted() -> None:

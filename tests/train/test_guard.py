@@ -86,6 +86,22 @@ def test_a_calibration_of_bad_numbers_is_stopped() -> None:
         list(distiller(model, LayerwiseStage(steps=3)).run())
 
 
+def test_a_calibration_on_fewer_sequences_than_parts_is_stopped_on_several_processes() -> None:
+    run_processes(2, _check_bad_calibration)
+
+
+def _check_bad_calibration() -> None:
+    model = supernet(layers=2)
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mixer.mixers.kda.v_proj.weight")[0, 0] = float("nan")
+    stage = LayerwiseStage(steps=3, calibration_sequences=2)
+    settings = DistillationSettings(stages=(stage,), batch_size=8, gradient_accumulation=4)
+    with process_group():
+        run = Distiller(model, TokenSequences(tokens(32, 20)), settings, parallel=placed(model, data="ddp"))
+        with pytest.raises(TrainingDivergedError, match="the calibration found numbers that are not finite"):
+            next(run.run())
+
+
 def test_a_gradient_alone_can_be_bad() -> None:
     """The loss is finite, and so is every output: only the backward pass loses its numbers."""
     model = supernet(layers=2)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from gearshift import Placement
 from gearshift.settings import load_settings
-from gearshift.train import Callback, Recipe, Record, StepRecord, read_records, train
+from gearshift.train import Callback, JsonLines, Recipe, Record, StepRecord, read_records, train
 from gearshift.train import run as run_module
 from gearshift.train.checkpoint import learnt, read_learnt
 from gearshift.train.estimate import estimate
@@ -138,6 +138,18 @@ def test_a_kill_while_a_checkpoint_is_written_costs_only_that_checkpoint(
     assert timeless(tmp_path / "run") == timeless(unbroken)
 
 
+def test_what_others_put_beside_checkpoints_does_not_end_the_run(source: Path, tmp_path: Path) -> None:
+    class FileManager(Callback):
+        def on_record(self, record: Record) -> None:
+            (tmp_path / "run" / "checkpoints").mkdir(exist_ok=True)
+            (tmp_path / "run" / "checkpoints" / ".DS_Store").touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(source, tmp_path / "run"), callbacks=[FileManager(), Interrupt(3)])
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == [".DS_Store", "step-00000003-stage-01"]
+
+
 def test_a_finished_run_does_nothing(source: Path, unbroken: Path) -> None:
     weights = (unbroken / "model" / "model.safetensors").stat().st_mtime_ns
     result = train(recipe(source, unbroken, held_out=2, log_every=3))
@@ -234,6 +246,30 @@ def test_trackers_are_told_and_a_missing_one_is_refused(source, tmp_path, monkey
     with pytest.raises(ValueError, match="name trackio, which is not installed"):
         train(recipe(source, tmp_path / "new", trackers=["trackio"]))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_tracker_that_cannot_begin_leaves_nothing_open(source, tmp_path, monkeypatch) -> None:
+    opened: list[JsonLines] = []
+    told: list[str] = []
+
+    class Noting(JsonLines):
+        def __init__(self, *given: Any):
+            super().__init__(*given)
+            opened.append(self)
+
+    class Watching(Callback):
+        def close(self) -> None:
+            told.append("over")
+
+    def refused(*given: Any) -> None:
+        raise ValueError("no account")
+
+    monkeypatch.setattr(run_module, "JsonLines", Noting)
+    monkeypatch.setattr(run_module, "make_trackers", refused)
+    with pytest.raises(ValueError, match="no account"):
+        train(recipe(source, tmp_path / "run"), callbacks=[Watching()])
+    assert told == ["over"]
+    assert [lines._file.closed for lines in opened] == [True]
 
 
 def test_numbers_that_json_lacks_become_null(source: Path, unbroken: Path) -> None:

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,7 @@ from gearshift.train import (
     UniformSampling,
     WeightedSampling,
     distil,
+    loop,
     metrics,
     step_lines,
     step_progress,
@@ -80,6 +82,32 @@ def test_both_stages_learn_and_the_main_placement_stays_what_it_was() -> None:
     assert all(record.terms.keys() == dict(ALL_LOSSES).keys() for record in stochastic if record.loss is not None)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert not model.training
+
+
+def test_held_out_text_is_judged_without_the_temperature() -> None:
+    """So that what was learnt at different temperatures compares."""
+    ends = []
+    for temperature in (1.0, 3.0):
+        records: list[Record] = []
+        stage = StochasticStage(steps=0, temperature=temperature)
+        distil(supernet(layers=2), sequences(), settings(stage), records.append, held_out=sequences(4))
+        ends.append(records[-1].held_out)
+    assert ends[0] == ends[1]
+
+
+def test_the_time_of_a_step_has_the_wait_for_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a run that waits for its text would look as fast as one that does not."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    class Slow(TokenSequences):
+        def draw(self, numbers: Iterable[int], seed: int = 0) -> Batch:
+            clock.now += 100.0
+            return super().draw(numbers, seed)
+
+    records: list[Record] = []
+    distil(supernet(layers=2), Slow(tokens(8, 12)), settings(StochasticStage(steps=1)), records.append)
+    assert records[0].seconds == 100.0
 
 
 def test_progress_moves_by_steps_over_all_stages_and_tells_the_stage_and_the_loss() -> None:

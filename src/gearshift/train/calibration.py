@@ -68,13 +68,20 @@ class Fit:
 
         In one solve of the normal equations for the change. A strength of 1 lets the directions that the features use
         more than on average move, and holds the rest, of which a few sequences say too little.
+
+        ValueError if `strength` is lost in the rounding of the features' products.
         """
         scaled = self.scaled()
         pull = strength * self.gram.diagonal().mean()
         if pull == 0:
             return scaled
         pulled = self.gram + pull * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
-        change = torch.cholesky_solve((self.cross - scaled @ self.gram).T, torch.linalg.cholesky(pulled))
+        factor, failed = torch.linalg.cholesky_ex(pulled)
+        if failed and pulled.isfinite().all():
+            raise ValueError(
+                f"a ridge of {strength:g} holds the calibration too weakly: raise it, or calibrate on more sequences"
+            )
+        change = torch.cholesky_solve((self.cross - scaled @ self.gram).T, factor)
         return scaled + change.T
 
     def _energy(self, weight: Tensor) -> Tensor:

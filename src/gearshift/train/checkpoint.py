@@ -128,7 +128,7 @@ class Checkpoints:
             if target.exists():
                 shutil.rmtree(target)
             fresh.rename(target)
-            for path in self.folder.iterdir():
+            for path in self.folder.glob("*step-*"):  # whatever else may lie there is not ours
                 if path != target:
                     shutil.rmtree(path)
 

@@ -165,8 +165,10 @@ class Distiller:
         if self.optimiser is None:
             self.optimiser, self.average = self.make_optimiser(), self.make_average()
         with closing(self._batches(index)) as batches:
+            started = time.perf_counter()
             for batch in batches:
-                yield self._step(index, run, batch)
+                yield self._step(index, run, batch, started)
+                started = time.perf_counter()
         if self.average is not None:
             self.average.apply()
         held_out = self._measure(index, run)
@@ -184,8 +186,8 @@ class Distiller:
         try:
             errors = run.calibrate(batch)
         except torch.linalg.LinAlgError:
-            size = len(batch) // self.settings.parts_of(index) or 1
-            parts, plain = self.parallel.deal(batch, size), self._stage_run(index, self.engine.plain)
+            parts = self.parallel.deal(batch, self.settings.part_size_of(index))
+            plain = self._stage_run(index, self.engine.plain)
             what = "the calibration found numbers that are not finite"
             raise self._diverged(what, lambda: [plain.measure(part) for part in parts]) from None
         set_modes(self.model)
@@ -195,8 +197,8 @@ class Distiller:
             stage=index, type=kind, step=0, global_step=self.global_step, seconds=seconds, **errors
         )
 
-    def _step(self, index: int, run: StageRun, batch: Batch) -> StepRecord:
-        started = time.perf_counter()
+    def _step(self, index: int, run: StageRun, batch: Batch, started: float) -> StepRecord:
+        """Learn from `batch`, which has been waited for since `started`."""
         stage, settings, step = self.settings.stages[index], self.settings, self.progress.step
         global_step = self._steps_before(index) + step
         assert self.optimiser is not None
@@ -273,10 +275,9 @@ class Distiller:
         held_out = self._held_out[self.settings.stages[index].reads_chats]
         if held_out is None:
             return None
-        size = self.settings.batch_size_of(index) // self.settings.parts_of(index)
         self.parallel.expect(self.model, self.teacher, self.model.spec.main, deep=True)
         whole = held_out.all.to(self.device)
-        parts = self.parallel.deal(whole, size)
+        parts = self.parallel.deal(whole, self.settings.part_size_of(index))
         self.model.eval()
         terms = self._average(whole, parts, lambda part, share: run.measure(part))
         set_modes(self.model)
@@ -309,15 +310,14 @@ class Distiller:
     def _stage_run(self, index: int, engine: Engine | None = None) -> StageRun:
         stage, settings, engine = self.settings.stages[index], self.settings, engine or self.engine
         if isinstance(stage, LayerwiseStage):
-            size = settings.batch_size_of(index)
-            part = size // settings.parts_of(index)
+            size, part = settings.batch_size_of(index), settings.part_size_of(index)
             return LayerwiseRun(self.model, self.teacher, engine, stage, settings.seed, size, part, self.parallel)
         chunk = settings.loss_chunk or (256 if self.device.type == "cpu" else 2048)
         return StochasticRun(self.model, self.teacher, engine, stage, settings.seed, chunk)
 
     def _parts(self, index: int, batch: Batch) -> list[Batch]:
         """This process's shares of the parts that a step of stage `index` is processed in."""
-        return [self.parallel.slice(part) for part in batch.split(len(batch) // self.settings.parts_of(index))]
+        return [self.parallel.slice(part) for part in batch.split(self.settings.part_size_of(index))]
 
     def _batches(self, index: int) -> Generator[Batch, None, None]:
         """The batches of the steps that are left of stage `index`, made in the background. To be closed."""

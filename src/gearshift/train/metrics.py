@@ -58,7 +58,7 @@ class StepRecord(Record):
     tokens: int
     """Tokens of the step."""
     seconds: float
-    """Wall-clock time of the step."""
+    """Wall-clock time of the step, the wait for its batch included."""
     placement: Placement | None = None
     """The sampled placement. None in a layerwise stage on the teacher's stream, which samples none."""
     mixers: dict[str, float] | None = None

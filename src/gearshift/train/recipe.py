@@ -135,7 +135,7 @@ class SampledStage(StageSettings):
     losses: LossWeights | ChatLossWeights
     """What the placement is judged by."""
     temperature: Rate = 1.0
-    """Divides the logits of both divergences."""
+    """Divides the logits of both divergences. Held-out sequences are judged without it."""
     recompute: bool = False
     """Whether the backward pass computes each layer again instead of keeping its activations: slower by about a third,
     and memory for one layer's activations instead of all. The result is the same."""
@@ -275,6 +275,10 @@ class DistillationSettings(Spec):
     def parts_of(self, stage: int) -> int:
         """Parts that a step of stage `stage` is processed in."""
         return self.stages[stage].gradient_accumulation or self.gradient_accumulation
+
+    def part_size_of(self, stage: int) -> int:
+        """Sequences in each of those parts."""
+        return self.batch_size_of(stage) // self.parts_of(stage)
 
     @property
     def total_steps(self) -> int:

@@ -108,6 +108,7 @@ def _train(
     if parallel.once(lambda: _is_finished(recipe, output, finished)):
         return nothing_to_do
     check_trackers(recipe.trackers)
+    parallel.check(recipe)
     distiller, tokenizer, dtypes = _prepare(recipe, device, parallel)
     checkpoints = Checkpoints(output / "checkpoints", background=device.type == "cuda")
     if parallel.is_first:

@@ -69,7 +69,8 @@ class StochasticRun(StageRun):
         if not self._learns(placement):
             return None
         weights = self.stage.losses.model_dump()
-        loss, terms = self._judge(batch, placement, weights, self._teach(batch) if _compares(weights) else None)
+        taught = self._teach(batch) if _compares(weights) else None
+        loss, terms = self._judge(batch, placement, weights, taught, self.stage.temperature)
         (loss * share).backward()
         return {"loss": loss.detach(), **terms}
 
@@ -85,7 +86,7 @@ class StochasticRun(StageRun):
     def measure(self, batch: Batch) -> Terms:
         """The held-out loss of each placement with one mixer wherever it is offered, and of those the stage names.
 
-        Where its mixer is not offered, a placement has the main one.
+        Where its mixer is not offered, a placement has the main one. The stage's temperature is for learning alone.
         """
         main, loss = self.model.spec.main, self.stage.held_out_loss
         names = dict.fromkeys(name for offered in self.choices for name in offered)
@@ -117,7 +118,12 @@ class StochasticRun(StageRun):
         return any(parameter.requires_grad for parameter in _shared(self.model))
 
     def _judge(
-        self, batch: Batch, placement: Placement, weights: Mapping[str, float], taught: Taught | None
+        self,
+        batch: Batch,
+        placement: Placement,
+        weights: Mapping[str, float],
+        taught: Taught | None,
+        temperature: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of `placement` on `batch`, and its terms."""
         body = self.model.model
@@ -145,7 +151,7 @@ class StochasticRun(StageRun):
                 self.model.lm_head.weight,
                 None if taught is None else self.teacher.lm_head.weight,
                 weights,
-                self.stage.temperature,
+                temperature,
                 self.loss_chunk,
                 (self.model.spec.logit_softcap, self.teacher.spec.logit_softcap),
                 self.steps.compiled,

@@ -24,7 +24,7 @@ class Group(Parallel):
     def check(self, settings: DistillationSettings) -> None:
         for index, stage in enumerate(settings.stages):
             size, parts = settings.batch_size_of(index), settings.parts_of(index)
-            counts = {f"{size} sequences a step in {parts} parts": size // parts}
+            counts = {f"{size} sequences a step in {parts} parts": settings.part_size_of(index)}
             calibrated = getattr(stage, "calibration_sequences", None)
             if calibrated:
                 counts[f"{calibrated} calibration_sequences"] = calibrated
