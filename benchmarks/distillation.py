@@ -51,13 +51,14 @@ def divergences(model: GearshiftForCausalLM, held_out: list[TokenSequences]) -> 
 
 
 def seconds(records: list[StepRecord]) -> dict[str, tuple[float, float, int]]:
-    """Stage -> the median time of a step, that of as many steps as it had, and the tokens of a step."""
+    """Kind of stage -> the median time of a step, the time of all (each as its stage's median one), tokens a step."""
     taken: dict[str, tuple[float, float, int]] = {}
-    for stage in dict.fromkeys(record.type for record in records):
-        times = [record.seconds for record in records if record.type == stage]
-        median = statistics.median(times)
-        tokens = next(record.tokens for record in records if record.type == stage)
-        taken[stage] = median, median * len(times), tokens
+    for kind in dict.fromkeys(record.type for record in records):
+        of_kind = [record for record in records if record.type == kind]
+        numbers = dict.fromkeys(record.stage for record in of_kind)
+        stages = [[record.seconds for record in of_kind if record.stage == number] for number in numbers]
+        total = sum(statistics.median(times) * len(times) for times in stages)
+        taken[kind] = statistics.median(record.seconds for record in of_kind), total, of_kind[0].tokens
     return taken
 
 

@@ -321,9 +321,10 @@ def main() -> None:
             options.length,
         )
         try:
-            carry_out(study, options)
+            failed = carry_out(study, options)
         except ValueError as error:
             parser.error(str(error))
+    raise SystemExit(1 if failed else 0)
 
 
 def make_smoke(folder: Path, options: argparse.Namespace) -> None:
@@ -339,7 +340,8 @@ def make_smoke(folder: Path, options: argparse.Namespace) -> None:
     options.steps, options.batch, options.length = (4, 6), 4, 32
 
 
-def carry_out(study: Study, options: argparse.Namespace) -> None:
+def carry_out(study: Study, options: argparse.Namespace) -> list[str]:
+    """Do the runs that are missing, and print the table as it grows. Returns a sentence for each that failed."""
     found = read_runs(options.json, study) if options.json else []
     done = {(run.variant, run.seed) for run in found}
     fitting = [name for name, variant in VARIANTS.items() if len(study.text) > 1 or not variant.alike]
@@ -362,6 +364,7 @@ def carry_out(study: Study, options: argparse.Namespace) -> None:
         console.print(table(found))
     for sentence in failed:
         console.print(f"failed: {sentence}", highlight=False)
+    return failed
 
 
 if __name__ == "__main__":

@@ -95,6 +95,16 @@ def test_held_out_text_is_judged_without_the_temperature() -> None:
     assert ends[0] == ends[1]
 
 
+def test_what_no_teacher_judges_is_judged_by_cross_entropy_on_held_out_text_too() -> None:
+    """The main placement, which would teach, may learn then: a divergence from it would be one from a moving model."""
+    records: list[Record] = []
+    stage = StochasticStage(steps=2, losses=LossWeights(forward_kl=0.0, cross_entropy=1.0))
+    every = DistillationSettings(stages=(stage,), batch_size=4, learning_rate_scales={"*": 1.0})
+    distil(supernet(layers=2), sequences(), every, records.append, held_out=sequences(4))
+    assert records[-1].held_out.keys() == {"cross_entropy"}
+    assert records[-1].held_out["cross_entropy"]["attention"] > 0
+
+
 def test_the_time_of_a_step_has_the_wait_for_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a run that waits for its text would look as fast as one that does not."""
     clock = SimpleNamespace(now=0.0)

@@ -139,8 +139,11 @@ class SampledStage(StageSettings):
     recompute: bool = False
     """Whether the backward pass computes each layer again instead of keeping its activations: slower by about a third,
     and memory for one layer's activations instead of all. The result is the same."""
-    held_out_loss: ClassVar[str]
-    """The loss that held-out sequences are judged by."""
+
+    @property
+    def held_out_loss(self) -> str:
+        """The loss that held-out sequences are judged by."""
+        return "cross_entropy"
 
     @property
     def held_out_placements(self) -> tuple[str, ...]:
@@ -159,8 +162,6 @@ class SampledStage(StageSettings):
 class StochasticStage(SampledStage):
     """Sampled placements learn end to end to repeat the teacher's next-token distribution."""
 
-    held_out_loss: ClassVar[str] = "forward_kl"
-
     type: Literal["stochastic"] = "stochastic"
     """Always `stochastic`."""
     learning_rate: Rate = 5e-4
@@ -168,12 +169,15 @@ class StochasticStage(SampledStage):
     losses: LossWeights = LossWeights()
     """What the placement is judged by."""
 
+    @property
+    def held_out_loss(self) -> str:
+        return "forward_kl" if self.needs_teacher else "cross_entropy"  # else what would teach may have moved
+
 
 class SftStage(SampledStage):
     """Supervised fine-tuning: sampled placements learn to say what the assistant says in chats."""
 
     reads_chats: ClassVar[bool] = True
-    held_out_loss: ClassVar[str] = "cross_entropy"
 
     type: Literal["sft"] = "sft"
     """Always `sft`."""
