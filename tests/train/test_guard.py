@@ -17,7 +17,7 @@ from gearshift.train import (
     TrainingDivergedError,
 )
 from gearshift.train.guard import first_bad_tensor, guarded_step
-from gearshift.train.parallel import process_group
+from gearshift.train.parallel import local, process_group
 from tests.models import supernet, tokens
 from tests.train.processes import run_processes
 from tests.train.test_parallel import placed
@@ -114,21 +114,30 @@ def test_a_gradient_alone_can_be_bad() -> None:
 
 
 @pytest.mark.parametrize("data", ["fsdp", "ddp"])
-def test_what_one_process_loses_the_others_find_in_its_gradient(data: str) -> None:
+def test_what_one_process_loses_all_name(data: str) -> None:
+    """What the others find by themselves is the gradient that is exchanged with it."""
     run_processes(2, _check_one_that_loses, data)
 
 
 def _check_one_that_loses(data: str) -> None:
     bad = "model.layers.1.mixer.mixers.gdn"
-    with process_group() as first:
-        model = supernet(layers=2)
-        if not first:
-            model.get_submodule(bad).register_forward_hook(lambda module, given, output: output * float("nan"))
-        settings = DistillationSettings(stages=(STAGES["layerwise"],), batch_size=4)
-        run = Distiller(model, TokenSequences(tokens(32, 20)), settings, parallel=placed(model, data=data))
+    settings = DistillationSettings(stages=(STAGES["layerwise"],), batch_size=4)
+
+    def told() -> str:
         with pytest.raises(TrainingDivergedError) as caught:
             next(run.run())
-    assert f"The first bad tensor: the {'gradient' if first else 'output'} of {bad}" in str(caught.value)
+        return str(caught.value)
+
+    with process_group() as first:
+        model = supernet(layers=2)
+        layer = model.get_submodule(bad)
+        if not first:
+            layer.register_forward_hook(lambda module, given, output: output * float("nan"))
+        run = Distiller(model, TokenSequences(tokens(32, 20)), settings, parallel=placed(model, data=data))
+        assert f"The first bad tensor: the output of {bad}" in told()
+        if not first:
+            local(layer.q_proj.weight.detach())[0, 0] = float("nan")
+        assert f"The first bad tensor: {bad}.q_proj.weight, whose values are not finite" in told()
 
 
 def test_a_bad_teacher_is_named() -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gearshift.train.parallel import ALONE, Parallel
+
 
 class TrainingDivergedError(RuntimeError):
     """The loss, or the norm of the gradients, is no number any more."""
@@ -26,31 +28,34 @@ def guarded_step(optimiser: torch.optim.Optimizer, *numbers: Tensor) -> None:
         del optimiser.found_inf  # type: ignore[attr-defined]
 
 
-def first_bad_tensor(model: nn.Module, teacher: nn.Module, learn_again: Callable[[], object]) -> str:
+def first_bad_tensor(
+    model: nn.Module, teacher: nn.Module, learn_again: Callable[[], object], parallel: Parallel = ALONE
+) -> str:
     """What the numbers of a step that went wrong were lost in, in words.
 
     The first in the order of computation: a parameter's value, in the order of the model; a module's output, in the
-    order of the forward pass; a parameter's gradient, in the order of the backward pass, from the model's end.
+    order of the forward pass; a parameter's gradient, in the order of the backward pass, from the model's end. All
+    processes call this, and get the same: what one has lost, the others have by its gradient at most.
 
     Args:
         model: the model that learns, its parameters as the step found them.
         teacher: what teaches it; may be the model itself.
         learn_again: does the step's forward and backward passes once more, with nothing compiled: hooks see it all.
+        parallel: the processes that share the step.
     """
     sides = {"": model} if teacher is model else {"": model, "the teacher's ": teacher}
-    for owner, side in sides.items():
-        for name, parameter in side.named_parameters():
-            if not _finite(parameter):
-                return f"{owner}{name}, whose values are not finite"
+    values = ((owner + name, parameter) for owner, side in sides.items() for name, parameter in side.named_parameters())
+    bad = next((f"{name}, whose values are not finite" for name, value in values if not _finite(value)), None)
+    if bad := parallel.any_of(bad):
+        return bad
     model.zero_grad(set_to_none=True)
     with _watched(sides) as outputs:
         learn_again()
-    if outputs:
-        return f"the output of {outputs[0]}"
-    for name, parameter in reversed(list(model.named_parameters())):
-        if parameter.grad is not None and not _finite(parameter.grad):
-            return f"the gradient of {name}"
-    return "the loss itself: every layer's output and every gradient is finite"
+    if bad := parallel.any_of(f"the output of {outputs[0]}" if outputs else None):
+        return bad
+    gradients = ((name, parameter.grad) for name, parameter in reversed(list(model.named_parameters())))
+    lost = (f"the gradient of {name}" for name, grad in gradients if grad is not None and not _finite(grad))
+    return parallel.any_of(next(lost, None)) or "the loss itself: every layer's output and every gradient is finite"
 
 
 @contextmanager

@@ -263,7 +263,7 @@ class Distiller:
         """What to raise in a step that has changed nothing and must not; `again` repeats it."""
         kind = self.settings.stages[self.progress.stage].type
         where = kind if placement is None else f"{kind}, placement {placement}"
-        tensor = first_bad_tensor(self.model, self.teacher, again)
+        tensor = first_bad_tensor(self.model, self.teacher, again, self.parallel)
         return TrainingDivergedError(
             f"{what} at step {self.progress.step} of stage {self.progress.stage} ({where}). The first bad tensor:"
             f" {tensor}. Nothing of the step is kept, and no checkpoint has any of it. If the model came with bad"

@@ -54,6 +54,10 @@ class Parallel:
         """What `make` gives on the first process, on all of them. They wait for it."""
         return make()
 
+    def any_of(self, found: T | None) -> T | None:
+        """What the first of the processes that has `found` anything has, on all of them. They wait for each other."""
+        return found
+
     def slice(self, batch: Batch) -> Batch:
         """This process's share of `batch`, whose sequences must divide evenly."""
         return batch

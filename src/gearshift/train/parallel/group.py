@@ -37,6 +37,11 @@ class Group(Parallel):
         dist.broadcast_object_list(made, src=0, device=torch.device("cpu"))
         return made[0]  # type: ignore[return-value]
 
+    def any_of(self, found: T | None) -> T | None:
+        every: list[T | None] = [None] * self.size
+        dist.all_gather_object(every, found)
+        return next((one for one in every if one is not None), None)
+
     def slice(self, batch: Batch) -> Batch:
         assert len(batch) % self.data_ranks == 0, "an even batch was checked for"
         return batch.split(len(batch) // self.data_ranks)[self.data_rank]

@@ -39,8 +39,8 @@ def process_group() -> Iterator[bool]:
         if interrupted:
             store.add("interrupted", 1)
         if store.add("failed", 1) > 1 and not interrupted:
-            # Once one has ended, torchrun ends the others: let it be the one that says why. After Ctrl-C it waits for
-            # all of them instead; this one's was lost, for torch's checkpoints catch it, and call those that are gone.
+            # Once one has ended, torchrun ends the others: let it be the one that says why. After Ctrl-C torchrun waits
+            # for all of them instead, this one too, whose own interrupt torch's checkpoints have caught on the way.
             try:
                 if not store.add("interrupted", 0):
                     time.sleep(GRACE)
