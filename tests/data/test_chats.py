@@ -30,6 +30,7 @@ WITHOUT_PROMPT = (
     "{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else m.content + '#' }}{% endfor %}"
 )
 FORGETFUL = "{% for m in messages %}{{ '<' + m.role[0] + '>' + (m.content if loop.last else '') + '#' }}{% endfor %}"
+UNENDED = "{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else m.content }}{% endfor %}"
 CALLING = PLAIN.replace("m.content", "(m.content or '') + (m.tool_calls[0].function.name if m.tool_calls else '')")
 NOTHING = ord("_") - 32
 STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('the user must begin') }}{% endif %}" + PLAIN
@@ -73,6 +74,12 @@ def test_the_assistant_is_marked_up_to_the_end_of_its_turn(template: str) -> Non
 
 def test_a_template_without_a_prompt_for_the_assistant() -> None:
     assert rendered(chat("u:hi", "a:ho", "u:x", "a:"), WITHOUT_PROMPT) == ("[hi]ho#[x]#", ["ho#", "#"])
+
+
+def test_turns_of_no_character_do_not_count() -> None:
+    marked = "{% for m in messages %}{{ m.role }}{% generation %}{% endgeneration %}{% endfor %}"
+    assert rendered(chat("u:hi", "a:", "u:x", "a:y"), UNENDED) == ("[hi][x]y", ["y"])
+    assert rendered(chat("u:hi", "a:", "u:x", "a:"), UNENDED) == rendered(chat("u:hi", "a:"), marked) == ("", [])
 
 
 def test_tokens_and_marks_are_those_of_transformers(tmp_path: Path) -> None:
@@ -263,7 +270,8 @@ def test_other_marks_on_the_same_text_are_other_data(tmp_path: Path) -> None:
         ),
         (chat("a:x", "u:y"), STRICT, "the chat template cannot render 'messages': the user must begin"),
         (chat("u:x", "a:y", "u:z"), FORGETFUL, r"what leads up to message 1 otherwise.* chat_template in the recipe"),
-        (chat("u:x"), PLAIN, "there is no chat in .*: all that it holds has no turn of the assistant"),
+        (chat("u:x"), PLAIN, "there is no chat in .*: all that it holds has nothing of the assistant"),
+        (chat("u:x", "a:"), UNENDED, "there is no chat in .*: all that it holds has nothing of the assistant"),
     ],
 )
 def test_what_is_no_chat_is_refused_in_a_sentence(tmp_path: Path, value, template: str, sentence: str) -> None:

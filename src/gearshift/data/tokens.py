@@ -22,7 +22,7 @@ from gearshift.locks import release
 from gearshift.plan.ahead import made_ahead
 from gearshift.progress import Advance, bar
 
-LAYOUT = 1
+LAYOUT = 2
 """Of the files. One more than before wherever the same text would be written otherwise."""
 GROUP = 4 * 2**20
 """Characters that are tokenised at a time, in parallel over documents and pieces of them."""
@@ -88,8 +88,8 @@ def tokenised(reader: Reader, tokenizer: Any, cache: str | Path | None = None) -
     """The tokens of a source: those an earlier call has written, or new ones, with a progress bar on a terminal.
 
     Each document but a chat is followed by the tokenizer's end-of-sequence token, if it has one. Of processes that want
-    the same tokens at the same time, one writes and the others wait. ValueError if the source has no text, or no turn
-    of an assistant in any chat, or cannot be read.
+    the same tokens at the same time, one writes and the others wait. ValueError if the source has no text, or nothing
+    of the assistant in any chat, or cannot be read.
     """
     cache = Path(cache) if cache else cache_folder()
     identity = json.dumps([LAYOUT, reader.identity(), tokenizer_identity(tokenizer)])
@@ -125,7 +125,7 @@ def _write(reader: Reader, tokenizer: Any, target: Path) -> None:
             facts = _write_tokens(reader, tokenizer, fresh, advance)
             (fresh / "facts.json").write_text(json.dumps(facts))
         if not facts["tokens"]:
-            what = ("text", "is empty") if reader.chats is None else ("chat", "has no turn of the assistant")
+            what = ("text", "is empty") if reader.chats is None else ("chat", "has nothing of the assistant")
             raise ValueError(f"there is no {what[0]} in {reader.name}: all that it holds {what[1]}")
         fresh.rename(target)
     finally:
