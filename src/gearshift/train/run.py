@@ -18,7 +18,7 @@ from gearshift.data import Corpus, TokenSequences, open_chats, open_corpus, read
 from gearshift.files import NO_SPACE, writing
 from gearshift.formats import FORMATS, HUB_NAME, NativeConfig, hub_folder, open_checkpoint
 from gearshift.formats.documents import read_json, write_json
-from gearshift.locks import holder, release, take
+from gearshift.locks import LOCK, holder, release, take
 from gearshift.model import GearshiftConfig, GearshiftForCausalLM
 from gearshift.settings import read_again
 from gearshift.train.checkpoint import Checkpoints, replacing
@@ -46,8 +46,6 @@ MAY_CHANGE = {
     "cuda_graphs",
 }
 """What a resumed run may say otherwise than the run that it goes on with: nothing that decides what is learnt."""
-LOCK = ".lock"
-"""In the output folder while a process writes to it."""
 
 
 @dataclass(frozen=True)
