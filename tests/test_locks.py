@@ -66,7 +66,7 @@ def test_who_has_a_lock_is_in_its_file(tmp_path: Path, monkeypatch) -> None:
     lock = FileLock(tmp_path / "lock")
     file = Path(lock.lock_file)
     assert (holder(lock), is_abandoned(file)) == ("", True)
-    take(lock)
+    take(lock, "run", "folder")
     assert holder(lock) == f" (process {os.getpid()} on {socket.gethostname()})"
     assert not is_abandoned(file)
     monkeypatch.setattr(os, "kill", Mock(side_effect=PermissionError))  # a process of another user

@@ -6,15 +6,24 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 LOCK = ".lock"
-"""In the folder of a run while a process writes to it, and after that process was killed."""
+"""In the folder of a run or a quickstart while a process writes to it, and after that process was killed."""
 
 
-def take(lock: FileLock) -> None:
-    """Acquire a lock, and write into its file who has it. Timeout, at once, if another one has it."""
-    lock.acquire(blocking=False)
+def take(lock: FileLock, what: str, instead: str) -> None:
+    """Acquire the lock of a folder that `what` writes to, and write into its file who has it.
+
+    ValueError, at once, if another one has it, which advises to choose another `instead`.
+    """
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(
+            f"another {what} writes to {Path(lock.lock_file).parent} now{holder(lock)}: wait for it, or choose another"
+            f" {instead}"
+        ) from None
     with suppress(OSError):  # who has it is for people; the lock holds without it
         Path(lock.lock_file).write_text(_words(os.getpid(), socket.gethostname()), encoding="utf-8")
 

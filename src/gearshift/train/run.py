@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -18,7 +18,7 @@ from gearshift.data import Corpus, TokenSequences, open_chats, open_corpus, read
 from gearshift.files import NO_SPACE, writing
 from gearshift.formats import FORMATS, HUB_NAME, NativeConfig, hub_folder, open_checkpoint
 from gearshift.formats.documents import read_json, write_json
-from gearshift.locks import LOCK, holder, release, take
+from gearshift.locks import LOCK, release, take
 from gearshift.model import GearshiftConfig, GearshiftForCausalLM
 from gearshift.settings import read_again
 from gearshift.train.checkpoint import Checkpoints, replacing
@@ -332,12 +332,7 @@ def _claim(recipe: Recipe, output: Path, text: str, lock: FileLock) -> bool:
     on another text, by the digest `text`.
     """
     output.mkdir(parents=True, exist_ok=True)
-    try:
-        take(lock)
-    except Timeout:
-        raise ValueError(
-            f"another run writes to {output} now{holder(lock)}: wait for it, or choose another output folder"
-        ) from None
+    take(lock, "run", "output folder")
     path = output / "recipe.json"
     _check_same_recipe(recipe, output)
     if not path.exists():
