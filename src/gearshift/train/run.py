@@ -47,6 +47,9 @@ MAY_CHANGE = {
 }
 """What a resumed run may say otherwise than the run that it goes on with: nothing that decides what is learnt."""
 
+A_FILE = "{} is a file: name the folder of a Gearshift model"
+"""What is said of a file of weights that a recipe names as its model."""
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -216,7 +219,7 @@ def _folder(name: str) -> Path:
     """The folder of a model, downloaded where `name` is the hub's. ValueError if there is none."""
     path = Path(name)
     if path.is_file():
-        raise ValueError(f"{name} is a file: name the folder of a Gearshift model")
+        raise ValueError(A_FILE.format(name))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{name} holds no model: it has no config.json")
