@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,12 +25,21 @@ def take(lock: FileLock, what: str, instead: str) -> None:
             f"another {what} writes to {Path(lock.lock_file).parent} now{holder(lock)}: wait for it, or choose another"
             f" {instead}"
         ) from None
-    with suppress(OSError):  # who has it is for people; the lock holds without it
-        Path(lock.lock_file).write_text(_words(os.getpid(), socket.gethostname()), encoding="utf-8")
+    _sign(lock)
+
+
+def wait_for(lock: FileLock, say: Callable[[str], None]) -> None:
+    """Acquire a lock, and write into its file who has it. If another one has it, `say` who (see `holder`), and wait."""
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        say(holder(lock))
+        lock.acquire()
+    _sign(lock)
 
 
 def holder(lock: FileLock) -> str:
-    """Who has a lock, by what `take` has written, in brackets after a space; empty where that cannot be known."""
+    """Who has a lock, by what is written in its file, in brackets after a space; empty where that cannot be known."""
     named = _named(Path(lock.lock_file))
     return f" ({_words(*named)})" if named else ""
 
@@ -58,6 +68,11 @@ def _lives(process: int) -> bool:
     except PermissionError:
         pass  # another user's
     return True
+
+
+def _sign(lock: FileLock) -> None:
+    with suppress(OSError):  # who has it is for people; the lock holds without it
+        Path(lock.lock_file).write_text(_words(os.getpid(), socket.gethostname()), encoding="utf-8")
 
 
 def _words(process: int, host: str) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from gearshift.data.readers import Piece, Reader, Spans
 from gearshift.files import writing
-from gearshift.locks import release
+from gearshift.locks import release, wait_for
 from gearshift.plan.ahead import made_ahead
 from gearshift.progress import Advance, bar
 
@@ -88,7 +89,8 @@ def tokenised(reader: Reader, tokenizer: Any, cache: str | Path | None = None) -
     """The tokens of a source: those an earlier call has written, or new ones, with a progress bar on a terminal.
 
     Each document but a chat is followed by the tokenizer's end-of-sequence token, if it has one. Of processes that want
-    the same tokens at the same time, one writes and the others wait. ValueError if the source has no text, or nothing
+    the same tokens at the same time, one writes and the others wait, and say so on stderr: of a torchrun job the first
+    on each machine alone. ValueError if the source has no text, or nothing
     of the assistant in any chat, or cannot be read.
     """
     cache = Path(cache) if cache else cache_folder()
@@ -98,12 +100,17 @@ def tokenised(reader: Reader, tokenizer: Any, cache: str | Path | None = None) -
         cache.mkdir(parents=True, exist_ok=True)
         lock = FileLock(cache / f"{target.name}.lock")
         try:
-            lock.acquire()
+            wait_for(lock, lambda who: _say_waiting(reader.name, who))
             if not target.exists():
                 _write(reader, tokenizer, target)
         finally:
             release(lock)
     return TokenFile(target, reader.name)
+
+
+def _say_waiting(name: str, who: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"waiting for the tokens of {name}, which another process makes{who}", file=sys.stderr)
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
