@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from gearshift.cli import app
+from gearshift.locks import LOCK
+from gearshift.quickstart import quickstart
+from gearshift.quickstart_job import Job
 from gearshift.report import Report
-from gearshift.tiny import write_tiny_model
+from gearshift.tiny import TINY, write_tiny_model
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 200
 SURGERY = Path(__file__).parents[1] / "recipes" / "quickstart" / "surgery.yaml"
@@ -252,6 +256,7 @@ def test_ctrl_c_at_any_time_exits_130(work: Path, tmp_path: Path) -> None:
             process.send_signal(signal.SIGINT)
             _, said = process.communicate(timeout=60)
         assert process.returncode == 130, said
+        assert not (tmp_path / "out" / LOCK).exists()
         assert "Traceback" not in said
     assert listing(work) == before
     assert subprocess.run(command, check=False).returncode == 0
@@ -274,9 +279,29 @@ gearshift_launcher.main()
     assert (ended.returncode, ended.stderr) == (130, b"")
 
 
+def test_two_quickstarts_do_not_write_to_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the report is written; after Ctrl-C nobody has the folder."""
+
+    def another(job: Job) -> None:
+        said = (
+            rf"another quickstart writes to .*out now \(process {os.getpid()} on .*\): wait for it, or choose another -"
+        )
+        with pytest.raises(ValueError, match=said):
+            quickstart(tmp_path / "out", TINY)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Job, "run", lambda job: None)
+    monkeypatch.setattr("gearshift.quickstart.write_report", another)
+    with pytest.raises(KeyboardInterrupt):
+        quickstart(tmp_path / "out", TINY)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["quickstart.json"]
+
+
 def test_the_quickstart_on_a_tiny_model(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text("process 1 on elsewhere")  # a kill left it behind
     shown = succeed("quickstart", "--out", tmp_path, "--model", "tiny").output
     assert "report.html" in shown
+    assert not (tmp_path / LOCK).exists()
     report = Report.model_validate_json((tmp_path / "report.json").read_text())
     assert report.export is not None
     assert report.export.exact

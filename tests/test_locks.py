@@ -1,11 +1,14 @@
 """A lock whose file is removed still lets in one at a time."""
 
+import os
+import socket
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from filelock import FileLock, Timeout
 
-from gearshift.locks import release
+from gearshift.locks import holder, is_abandoned, release, take
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -57,3 +60,21 @@ def test_a_lock_that_is_not_held_is_left_alone(tmp_path: Path) -> None:
     release(other)
     assert Path(held.lock_file).exists()
     release(held)
+
+
+def test_who_has_a_lock_is_in_its_file(tmp_path: Path, monkeypatch) -> None:
+    lock = FileLock(tmp_path / "lock")
+    file = Path(lock.lock_file)
+    assert (holder(lock), is_abandoned(file)) == ("", True)
+    take(lock, "run", "folder")
+    assert holder(lock) == f" (process {os.getpid()} on {socket.gethostname()})"
+    assert not is_abandoned(file)
+    monkeypatch.setattr(os, "kill", Mock(side_effect=PermissionError))  # a process of another user
+    assert not is_abandoned(file)
+    monkeypatch.setattr(os, "kill", Mock(side_effect=ProcessLookupError))
+    assert is_abandoned(file)
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    assert not is_abandoned(file)
+    file.write_text("process")
+    assert (holder(lock), is_abandoned(file)) == ("", False)
+    release(lock)

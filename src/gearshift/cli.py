@@ -189,7 +189,7 @@ def report(
 ) -> None:
     """Show a run's curves and heat maps so far, as one HTML page and a short table: also while it runs."""
     from gearshift.report.history import read_history
-    from gearshift.report.run_page import HEADS, left_out, stage_row, status, write_run
+    from gearshift.report.run_page import HEADS, left_out, stage_rows, status, write_run
 
     history = read_history(run)
     page = target or run / "report.html"
@@ -197,8 +197,8 @@ def report(
     table = Table(box=None)
     for place, column in enumerate(HEADS):
         table.add_column(column, justify="right" if 0 < place < len(HEADS) - 1 else "left")
-    for stage in history.stages:
-        table.add_row(*stage_row(stage))
+    for row in stage_rows(history):
+        table.add_row(*row)
     out.print(table)
     for line in (status(history), *left_out(history), f"report: {page}"):
         out.print(line)

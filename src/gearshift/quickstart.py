@@ -40,15 +40,17 @@ def quickstart(
         recipe: a YAML file of `QuickstartSettings`.
         overrides: `key=value` changes of it.
 
-    ValueError if something named does not exist or does not fit, or if `out` holds another job.
+    ValueError if something named does not exist or does not fit, or if `out` holds another job, or
+    another process writes to it.
     """
     path = Path(recipe) if recipe else RECIPES / ("tiny.yaml" if model == TINY else "quickstart.yaml")
     settings = load_settings(QuickstartSettings, path, overrides)
     surgery = path.parent / settings.surgery
     job = Job(Path(out), model, text, settings, surgery, console or Console(stderr=True, highlight=False))
-    job.run()
-    with job.steps.step("report", 1) as (step, advance):
-        report = write_report(job)
-        advance(1)
-        step.result = str(report)
+    with job.claimed():
+        job.run()
+        with job.steps.step("report", 1) as (step, advance):
+            report = write_report(job)
+            advance(1)
+            step.result = str(report)
     return report

@@ -5,13 +5,15 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from pydantic import Field
 from rich.console import Console
 from safetensors.torch import save_file
@@ -23,6 +25,7 @@ from gearshift.files import write_whole
 from gearshift.formats import open_checkpoint
 from gearshift.formats.documents import read_json, write_json
 from gearshift.generation import write
+from gearshift.locks import LOCK, release, take
 from gearshift.model import GearshiftForCausalLM, cost_table
 from gearshift.progress import Advance, Bar, Step, Steps
 from gearshift.records import read_records
@@ -78,6 +81,8 @@ class Job:
         self.out, self.settings, self.surgery = out, settings, load_surgery(surgery)
         self.text = (python_text() if text is None else read_text(text))[: settings.text_limit]
         self.source = model or find_default_model()
+        if self.source != TINY:
+            open_checkpoint(self.source)  # what is wrong with it is said before the folder is made
         self.arguments = {
             "model": self.source,
             "text": str(text or "the prose that Python carries"),
@@ -86,11 +91,22 @@ class Job:
         self.steps = Steps(console, total=8)
         self.results: dict[str, Any] = {}
 
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Within, the folder is this job's own. ValueError if it is something else's, or another process is at it."""
+        lock = FileLock(self.out / LOCK)
+        try:
+            self._has_begun()
+            self.out.mkdir(parents=True, exist_ok=True)
+            take(lock, "quickstart", "--out")
+            if not self._has_begun():  # another one may have, meanwhile
+                write_json(self.out / "quickstart.json", self._identity)
+            yield
+        finally:
+            release(lock)
+
     def run(self) -> None:
         """All steps but the report, those that are done already skipped."""
-        if self.source != TINY:
-            open_checkpoint(self.source)  # what is wrong with it is said before the folder is made
-        self._claim()
         sequences = self.settings.sequence_length * (self.settings.held_out)
         records = self.settings.distillation.total_steps
         self._step("convert", "convert", 1, self._convert)
@@ -266,20 +282,22 @@ class Job:
         self.__dict__.pop("_loaded", None)
         gc.collect()
 
-    def _claim(self) -> None:
-        """Make the folder this job's own. ValueError if it is something else's."""
+    def _has_begun(self) -> bool:
+        """Whether the folder is this job's own already. ValueError if it is something else's."""
         path = self.out / "quickstart.json"
-        now = json.loads(json.dumps({**self.arguments, "settings": self.settings.model_dump(mode="json")}))
         if path.exists():
             before = read_json(path)
             settings = read_again(QuickstartSettings, before.get("settings", {}), path)
-            if {**before, "settings": settings.model_dump(mode="json")} != now:
+            if {**before, "settings": settings.model_dump(mode="json")} != self._identity:
                 raise ValueError(f"{self.out} holds a quickstart with other settings: choose another --out")
-            return
-        if self.out.exists() and any(self.out.iterdir()):
+        elif self.out.exists() and any(file.name != LOCK for file in self.out.iterdir()):
             raise ValueError(f"{self.out} exists and holds something else: choose another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, now)
+        return path.exists()
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What tells this job from others, as JSON."""
+        return json.loads(json.dumps({**self.arguments, "settings": self.settings.model_dump(mode="json")}))
 
     def _step(self, key: str, name: str, units: float, do: Callable[[Step, Bar], Any]) -> None:
         """Do a step and keep its result, or take the result that is there."""

@@ -3,7 +3,9 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from tests.data.letters import letters, spelled
 
 from gearshift.data import Batch, ChatSource, Corpus, TokenSequences, open_chats
 from gearshift.data.chats import ChatTemplate
+from gearshift.data.corpus import chat_rows
 from gearshift.data.readers import Files
 from gearshift.data.tokens import tokenised
 
@@ -30,6 +33,7 @@ WITHOUT_PROMPT = (
     "{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else m.content + '#' }}{% endfor %}"
 )
 FORGETFUL = "{% for m in messages %}{{ '<' + m.role[0] + '>' + (m.content if loop.last else '') + '#' }}{% endfor %}"
+UNENDED = "{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else m.content }}{% endfor %}"
 CALLING = PLAIN.replace("m.content", "(m.content or '') + (m.tool_calls[0].function.name if m.tool_calls else '')")
 NOTHING = ord("_") - 32
 STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('the user must begin') }}{% endif %}" + PLAIN
@@ -73,6 +77,12 @@ def test_the_assistant_is_marked_up_to_the_end_of_its_turn(template: str) -> Non
 
 def test_a_template_without_a_prompt_for_the_assistant() -> None:
     assert rendered(chat("u:hi", "a:ho", "u:x", "a:"), WITHOUT_PROMPT) == ("[hi]ho#[x]#", ["ho#", "#"])
+
+
+def test_turns_of_no_character_do_not_count() -> None:
+    marked = "{% for m in messages %}{{ m.role }}{% generation %}{% endgeneration %}{% endfor %}"
+    assert rendered(chat("u:hi", "a:", "u:x", "a:y"), UNENDED) == ("[hi][x]y", ["y"])
+    assert rendered(chat("u:hi", "a:", "u:x", "a:"), UNENDED) == rendered(chat("u:hi", "a:"), marked) == ("", [])
 
 
 def test_tokens_and_marks_are_those_of_transformers(tmp_path: Path) -> None:
@@ -188,6 +198,45 @@ def test_no_token_is_lost_but_those_beyond_a_sequence(tmp_path_factory, chats, l
         assert used == length or used in starts
 
 
+def rows_one_by_one(file: SimpleNamespace, length: int) -> tuple[list[tuple[int, int]], int, int]:
+    """The definition of `chat_rows`: its rows, and how many chats are cut and lost."""
+    ends = [*file.starts[1:].tolist(), len(file.tokens)]
+    found: list[tuple[int, int]] = []
+    chat, cut, lost = 0, 0, 0
+    while chat < len(ends):
+        first, after = int(file.starts[chat]), chat
+        while after < len(ends) and ends[after] <= first + length:
+            after += 1
+        if after > chat:
+            found.append((first, ends[after - 1]))
+        elif file.counted[first + 1 : first + length].any():
+            found.append((first, first + length))
+            cut += 1
+        else:
+            lost += 1
+        chat = max(after, chat + 1)
+    return found, cut, lost
+
+
+@given(
+    chats=st.lists(st.lists(st.booleans(), min_size=1, max_size=12), min_size=1, max_size=30), length=st.integers(2, 12)
+)
+def test_rows_are_those_found_chat_by_chat(chats: list[list[bool]], length: int) -> None:
+    counted = np.array([mark for one in chats for mark in one])
+    starts = np.cumsum([0, *map(len, chats[:-1])])
+    file: Any = SimpleNamespace(name="x", starts=starts, tokens=counted, counted=counted)
+    expected, cut, lost = rows_one_by_one(file, length)
+    with patch("gearshift.data.corpus._log.warning") as said:
+        if not expected:
+            with pytest.raises(ValueError, match="the assistant speaks only after"):
+                chat_rows(file, length)
+            return
+        made = chat_rows(file, length)
+    assert made.dtype == np.int64
+    assert made.tolist() == [list(row) for row in expected]
+    assert [call.args[2:] for call in said.call_args_list] == ([(len(chats), cut, length, lost)] if cut or lost else [])
+
+
 def test_batches_carry_the_marks_and_know_their_targets(tmp_path: Path) -> None:
     values = [chat(f"u:{number}", f"a:{number}{number}") for number in range(10, 30)]
     joined, packed = (corpus(tmp_path, *values, length=32, boundaries=kind) for kind in ("joined", "packed"))
@@ -263,7 +312,8 @@ def test_other_marks_on_the_same_text_are_other_data(tmp_path: Path) -> None:
         ),
         (chat("a:x", "u:y"), STRICT, "the chat template cannot render 'messages': the user must begin"),
         (chat("u:x", "a:y", "u:z"), FORGETFUL, r"what leads up to message 1 otherwise.* chat_template in the recipe"),
-        (chat("u:x"), PLAIN, "there is no chat in .*: all that it holds has no turn of the assistant"),
+        (chat("u:x"), PLAIN, "there is no chat in .*: all that it holds has nothing of the assistant"),
+        (chat("u:x", "a:"), UNENDED, "there is no chat in .*: all that it holds has nothing of the assistant"),
     ],
 )
 def test_what_is_no_chat_is_refused_in_a_sentence(tmp_path: Path, value, template: str, sentence: str) -> None:

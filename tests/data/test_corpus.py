@@ -3,22 +3,28 @@
 import json
 import os
 import shutil
+import socket
 from collections import Counter
 from pathlib import Path
+from threading import Event, Thread
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from tests.data.letters import END, letters, spelled
 from tests.train.processes import run_processes
 
+from gearshift import locks
 from gearshift.data import Corpus, DataSource, TokenSequences, open_corpus, tokens
 from gearshift.data.python_text import python_documents
 from gearshift.data.readers import Documents, Files
 from gearshift.data.tokens import tokenised, tokenizer_identity
+from gearshift.locks import holder
 
 texts = st.lists(st.text("abc", max_size=40), min_size=1, max_size=12).filter(any)
 
@@ -220,6 +226,34 @@ def test_of_processes_that_want_the_same_tokens_one_writes(tmp_path: Path) -> No
     write(tmp_path / "a.jsonl", alphabet(60) * 50)
     run_processes(3, _count_writers, *(str(tmp_path / name) for name in ("a.jsonl", "cache", "counted")))
     assert (tmp_path / "counted").read_text() == "once\n"
+
+
+@pytest.mark.parametrize("rank", [None, "0", "1"])
+def test_who_waits_for_tokens_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, rank) -> None:
+    """But not in processes of a torchrun job that others of their machine speak for."""
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    given = Documents("x", ["ab"]), letters(), tmp_path
+    other, waits = Thread(target=tokenised, args=given), Event()
+
+    def watched(lock: FileLock) -> str:
+        waits.set()
+        return holder(lock)
+
+    def slow(*to_write: Any) -> None:
+        other.start()
+        assert waits.wait(20)
+        write_tokens(*to_write)
+
+    write_tokens = tokens._write
+    monkeypatch.setattr(locks, "holder", watched)
+    monkeypatch.setattr(tokens, "_write", slow)
+    tokenised(*given)
+    other.join()
+    who = f"process {os.getpid()} on {socket.gethostname()}"
+    said = f"waiting for the tokens of x, which another process makes ({who})\n"
+    assert capsys.readouterr().err == ("" if rank == "1" else said)
+    assert [path.suffix for path in tmp_path.iterdir()] == [""]
 
 
 def test_without_sources_there_is_the_text_that_python_carries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,10 @@
 """The report of a run: finished, running, broken off, and of what is no run."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,9 +13,11 @@ from test_report_page import Reader
 from typer.testing import CliRunner
 
 from gearshift.cli import app
+from gearshift.locks import LOCK
 from gearshift.records import Tally, read_records
 from gearshift.report.history import RECENT, read_history
-from gearshift.report.run_page import render_run, stage_row, status
+from gearshift.report.numbers import MISSING
+from gearshift.report.run_page import render_run, stage_rows, status
 
 LAYERS = 4
 
@@ -21,8 +27,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sample_run(tmp_path_factory.mktemp("runs") / "finished", LAYERS, 70, 12)
 
 
-def running(folder: Path, done: int) -> Path:
-    return sample_run(folder, LAYERS, 70, 12, done)
+def running(folder: Path, done: int, process: int | None = None, host: str | None = None) -> Path:
+    """A run after `done` steps that a process is at: this one if None is given."""
+    sample_run(folder, LAYERS, 70, 12, done)
+    (folder / LOCK).write_text(f"process {process or os.getpid()} on {host or socket.gethostname()}")
+    return folder
 
 
 def anchors(page: str) -> list[str]:
@@ -80,14 +89,40 @@ def test_a_run_on_its_way(tmp_path: Path) -> None:
     assert stochastic.seconds_left == history.seconds_left == pytest.approx(7 * seconds[2])
     assert stochastic.loss == pytest.approx(sum(step["loss"] for step in stochastic.steps) / 5)
     assert layerwise.loss == pytest.approx(sum(step["loss"] for step in layerwise.steps[-RECENT:]) / RECENT)
-    assert stage_row(stochastic)[:2] == ("stochastic", "5 of 12")
+    assert stage_rows(history)[1][:2] == ("stochastic", "5 of 12")
     assert status(history).startswith("75 of 82 steps done (91%), 0.5")
+    assert "left at the present pace. The record last grew at " in status(history)
+    assert stage_rows(history)[1][4].startswith("0.5")
     assert "91%" in Reader(render_run(history)).text
+
+
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "no lock"])
+def test_a_run_that_no_process_is_at_has_no_time_left(tmp_path: Path, killed: bool) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    folder = running(tmp_path / "run", 75, gone.pid)
+    if not killed:
+        (folder / LOCK).unlink()
+    history = read_history(folder)
+    said = "75 of 82 steps done (91%). No process is at the run now: the same command goes on with it. The record last"
+    assert status(history).startswith(said)
+    assert said in Reader(render_run(history)).text
+    assert [row[4] for row in stage_rows(history)] == ["done", MISSING]
+    shown = CliRunner().invoke(app, ["report", str(folder)])
+    assert "No process is at the run now" in shown.output
+    assert " left at" not in shown.output
+
+
+def test_a_run_on_another_machine_may_go_on(tmp_path: Path) -> None:
+    folder = running(tmp_path / "run", 75, 2**31 - 1, "elsewhere")
+    assert "left at the present pace" in status(read_history(folder))
+    (folder / LOCK).write_text("")  # just taken
+    assert "left at the present pace" in status(read_history(folder))
 
 
 def test_what_is_to_come_has_no_time_yet(tmp_path: Path) -> None:
     history = read_history(running(tmp_path / "run", 10))
-    assert [stage_row(stage)[4] for stage in history.stages][1] == "not begun"
+    assert stage_rows(history)[1][4] == "not begun"
     assert history.seconds_left is None
     assert history.done == 10
     ids = Reader(render_run(history)).ids

@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +69,13 @@ def test_what_cannot_teach_or_learn_is_refused_in_a_sentence(source: Path, llama
         with pytest.raises(ValueError, match=sentence):
             train(recipe(source, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("begin", [train, estimate])
+def test_a_file_of_weights_cannot_learn(source: Path, tmp_path: Path, begin: Callable[[Recipe], Any]) -> None:
+    weights = source / "model" / "model.safetensors"
+    with pytest.raises(ValueError, match=rf"{weights} is a file: name the folder of a Gearshift model"):
+        begin(recipe(source, tmp_path / "run", model=str(weights)))
 
 
 def said(settings: Recipe) -> tuple[list[str], list[str]]:

@@ -6,6 +6,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -150,6 +151,33 @@ def test_a_tracker_with_runs_is_told_of_one_run(name: str, tmp_path: Path, monke
     told = [call for call in module.told if call != (("*",), "step")]
     assert [call[0] for call in told] == [2, 3, 4, 6, "finished"] * 2
     assert told[0][1]["layers/kda/00"] == 0.25
+
+
+def test_trackers_are_closed_if_a_later_one_cannot_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = StandIn("wandb"), StandIn("trackio")
+    monkeypatch.setitem(sys.modules, "wandb", first)
+    monkeypatch.setitem(sys.modules, "trackio", second)
+    monkeypatch.setattr(second, "init", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        in_folder(tmp_path, "wandb", "trackio")
+    assert first.told[-1] == ("finished",)
+
+
+def test_a_run_killed_as_it_draws_its_name_draws_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = StandIn("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", module)
+
+    def killed(path: Path, text: str, **how: str) -> None:
+        path.touch()
+        raise KeyboardInterrupt
+
+    in_folder(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make_trackers(["wandb"], tmp_path, 2, {})
+    make_trackers(["wandb"], tmp_path, 2, {})
+    assert len(module.began[0]["id"]) == 8
 
 
 def test_wandb_that_wants_an_account_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

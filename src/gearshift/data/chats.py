@@ -49,17 +49,19 @@ class ChatTemplate:
         if not any(message["role"] == "assistant" for message in messages):
             return "", []
         try:
-            return self._marked(messages) if MARKER.search(self.template) else self._compared(messages)
+            text, spans = self._marked(messages) if MARKER.search(self.template) else self._compared(messages)
         except (TemplateError, TypeError, _UnsteadyTemplateError) as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(
                 f"{where}: the chat template cannot render {field!r}: {said[0]}; mend the chat, or {ADVICE}"
             ) from None
+        spans = [(first, end) for first, end in spans if first < end]
+        return (text, spans) if spans else ("", [])
 
     def _marked(self, messages: list[Message]) -> tuple[str, Spans]:
         """By the template's own marks."""
         rendered, spans = self._render(messages, return_assistant_tokens_mask=True)
-        return rendered[0], [(first, end) for first, end in spans[0]]
+        return rendered[0], spans[0]
 
     def _compared(self, messages: list[Message]) -> tuple[str, Spans]:
         """By what each turn adds."""

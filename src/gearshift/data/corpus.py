@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -245,29 +246,37 @@ def chat_rows(file: TokenFile, length: int, quiet: bool = False) -> np.ndarray:
     Chats of which nothing is left to learn are left out. ValueError if that is all of them.
     """
     ends = np.append(file.starts[1:], len(file.tokens))
-    rows: list[tuple[int, int]] = []
-    chat, cut, lost = 0, 0, 0
-    while chat < len(ends):
-        first = int(file.starts[chat])
-        after = int(np.searchsorted(ends, first + length, side="right"))
-        if after > chat:
-            rows.append((first, int(ends[after - 1])))
-        elif file.counted[first + 1 : first + length].any():
-            rows.append((first, first + length))
-            cut += 1
-        else:
-            lost += 1
-        chat = max(after, chat + 1)
+    fitting = np.searchsorted(ends, file.starts + length, side="right")
+    # For each chat, the one after a sequence that begins with it: a chat that does not fit is in none with others.
+    following = np.maximum(fitting, np.arange(1, len(ends) + 1))
+    heads = _heads(following)
+    first, end = file.starts[heads], ends[following[heads] - 1]
+    beyond = end > first + length
+    ranges = np.stack([first[beyond] + 1, first[beyond] + length], axis=1)
+    left_out = beyond.copy()
+    left_out[beyond] = ~np.logical_or.reduceat(file.counted, ranges.flatten())[::2]
+    rows = np.stack([first, np.minimum(end, first + length)], axis=1)[~left_out]
+    lost = int(left_out.sum())
+    cut = int(beyond.sum()) - lost
     if (cut or lost) and not quiet:
         _log.warning(
             "%s: of %d chats, %d are cut after %d tokens, and %d are left out because the assistant speaks only after"
             " that", file.name, len(ends), cut, length, lost,
         )  # fmt: skip
-    if not rows:
+    if not len(rows):
         raise ValueError(
             f"in every chat in {file.name}, the assistant speaks only after {length} tokens: take longer sequences"
         )
-    return np.array(rows, np.int64)
+    return rows
+
+
+def _heads(following: np.ndarray) -> np.ndarray:
+    """The chats that begin sequences, [sequences], int64: the first one, and always the one `following` [chats]."""
+    heads, chat, after = array("q"), 0, following.data
+    while chat < len(after):
+        heads.append(chat)
+        chat = after[chat]
+    return np.array(heads, np.int64)
 
 
 def _where(cut: Cut, cuts: Sequence[Cut]) -> str:

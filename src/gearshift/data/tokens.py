@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -18,11 +19,11 @@ from rich.console import Console
 
 from gearshift.data.readers import Piece, Reader, Spans
 from gearshift.files import writing
-from gearshift.locks import release
+from gearshift.locks import release, wait_for
 from gearshift.plan.ahead import made_ahead
 from gearshift.progress import Advance, bar
 
-LAYOUT = 1
+LAYOUT = 2
 """Of the files. One more than before wherever the same text would be written otherwise."""
 GROUP = 4 * 2**20
 """Characters that are tokenised at a time, in parallel over documents and pieces of them."""
@@ -88,8 +89,9 @@ def tokenised(reader: Reader, tokenizer: Any, cache: str | Path | None = None) -
     """The tokens of a source: those an earlier call has written, or new ones, with a progress bar on a terminal.
 
     Each document but a chat is followed by the tokenizer's end-of-sequence token, if it has one. Of processes that want
-    the same tokens at the same time, one writes and the others wait. ValueError if the source has no text, or no turn
-    of an assistant in any chat, or cannot be read.
+    the same tokens at the same time, one writes and the others wait, and say so on stderr: of a torchrun job the first
+    on each machine alone. ValueError if the source has no text, or nothing
+    of the assistant in any chat, or cannot be read.
     """
     cache = Path(cache) if cache else cache_folder()
     identity = json.dumps([LAYOUT, reader.identity(), tokenizer_identity(tokenizer)])
@@ -98,12 +100,17 @@ def tokenised(reader: Reader, tokenizer: Any, cache: str | Path | None = None) -
         cache.mkdir(parents=True, exist_ok=True)
         lock = FileLock(cache / f"{target.name}.lock")
         try:
-            lock.acquire()
+            wait_for(lock, lambda who: _say_waiting(reader.name, who))
             if not target.exists():
                 _write(reader, tokenizer, target)
         finally:
             release(lock)
     return TokenFile(target, reader.name)
+
+
+def _say_waiting(name: str, who: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"waiting for the tokens of {name}, which another process makes{who}", file=sys.stderr)
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
@@ -125,7 +132,7 @@ def _write(reader: Reader, tokenizer: Any, target: Path) -> None:
             facts = _write_tokens(reader, tokenizer, fresh, advance)
             (fresh / "facts.json").write_text(json.dumps(facts))
         if not facts["tokens"]:
-            what = ("text", "is empty") if reader.chats is None else ("chat", "has no turn of the assistant")
+            what = ("text", "is empty") if reader.chats is None else ("chat", "has nothing of the assistant")
             raise ValueError(f"there is no {what[0]} in {reader.name}: all that it holds {what[1]}")
         fresh.rename(target)
     finally:

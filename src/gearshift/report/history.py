@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from gearshift.locks import LOCK, is_abandoned
 from gearshift.records import Tally, parse_record
 from gearshift.report.data import Stage, TrainingRecord
 
@@ -117,6 +118,8 @@ class RunHistory:
     """Whether its model is written."""
     written: datetime
     """When its record last grew, local time."""
+    at_work: bool
+    """Whether a process is at it now, as far as can be known here."""
     stopped: str | None = None
     """Why it stopped by itself, None if it did not."""
 
@@ -185,7 +188,8 @@ def read_history(folder: Path | str) -> RunHistory:
     finished = (folder / "model").exists()
     written = datetime.fromtimestamp(path.stat().st_mtime)
     stopped = records[-1]["reason"] if records[-1]["event"] == "stopped" else None
-    return RunHistory(folder, recipe, stages, unknown, damaged, finished, written, stopped)
+    at_work = not is_abandoned(folder / LOCK)
+    return RunHistory(folder, recipe, stages, unknown, damaged, finished, written, at_work, stopped)
 
 
 def stage_of(name: str, steps: Sequence[Mapping[str, Any]]) -> Stage:

@@ -45,9 +45,13 @@ def render_run(history: RunHistory) -> str:
     return document(_title(history), _top(history, palette), [section for section in sections if section], foot)
 
 
-def stage_row(stage: StageHistory) -> tuple[str, ...]:
-    """A stage in words and numbers, under `HEADS`."""
-    left = stage.seconds_left
+def stage_rows(history: RunHistory) -> list[tuple[str, ...]]:
+    """The stages in words and numbers, under `HEADS`."""
+    return [_stage_row(stage, history.at_work) for stage in history.stages]
+
+
+def _stage_row(stage: StageHistory, at_work: bool) -> tuple[str, ...]:
+    left = stage.seconds_left if at_work else None
     waiting = not stage.steps and stage.end is None
     return (
         stage.name,
@@ -67,11 +71,12 @@ def status(history: RunHistory) -> str:
         return f"Finished: {plural(history.done, 'step')}."
     if history.stopped is not None:
         return f"Stopped after {history.done:,} of {plural(history.planned, 'step')} ({share}): {history.stopped}."
-    left = "" if history.seconds_left is None else f", {duration(history.seconds_left)} left at the present pace"
-    return (
-        f"{history.done:,} of {plural(history.planned, 'step')} done ({share}){left}. "
-        f"The record last grew at {history.written:%Y-%m-%d %H:%M:%S}."
-    )
+    done = f"{history.done:,} of {plural(history.planned, 'step')} done ({share})"
+    if not history.at_work:
+        done += ". No process is at the run now: the same command goes on with it"
+    elif history.seconds_left is not None:
+        done += f", {duration(history.seconds_left)} left at the present pace"
+    return f"{done}. The record last grew at {history.written:%Y-%m-%d %H:%M:%S}."
 
 
 def left_out(history: RunHistory) -> list[str]:
@@ -100,7 +105,7 @@ def _top(history: RunHistory, palette: Palette) -> Html:
         f"{count(tokens)} tokens in {duration(seconds)}",
         f"seed {history.recipe['seed']}" if "seed" in history.recipe else "",
     ]
-    rows = [[tag("b", name), *rest] for name, *rest in map(stage_row, history.stages)]
+    rows = [[tag("b", name), *rest] for name, *rest in stage_rows(history)]
     body: list[Child] = [
         tag("p", "Gearshift", class_="brand"),
         tag("h1", _title(history)),

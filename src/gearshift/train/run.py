@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -18,7 +18,7 @@ from gearshift.data import Corpus, TokenSequences, open_chats, open_corpus, read
 from gearshift.files import NO_SPACE, writing
 from gearshift.formats import FORMATS, HUB_NAME, NativeConfig, hub_folder, open_checkpoint
 from gearshift.formats.documents import read_json, write_json
-from gearshift.locks import holder, release, take
+from gearshift.locks import LOCK, release, take
 from gearshift.model import GearshiftConfig, GearshiftForCausalLM
 from gearshift.settings import read_again
 from gearshift.train.checkpoint import Checkpoints, replacing
@@ -46,8 +46,9 @@ MAY_CHANGE = {
     "cuda_graphs",
 }
 """What a resumed run may say otherwise than the run that it goes on with: nothing that decides what is learnt."""
-LOCK = ".lock"
-"""In the output folder while a process writes to it."""
+
+A_FILE = "{} is a file: name the folder of a Gearshift model"
+"""What is said of a file of weights that a recipe names as its model."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def _folder(name: str) -> Path:
     """The folder of a model, downloaded where `name` is the hub's. ValueError if there is none."""
     path = Path(name)
     if path.is_file():
-        raise ValueError(f"{name} is a file: name the folder of a Gearshift model")
+        raise ValueError(A_FILE.format(name))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{name} holds no model: it has no config.json")
@@ -334,12 +335,7 @@ def _claim(recipe: Recipe, output: Path, text: str, lock: FileLock) -> bool:
     on another text, by the digest `text`.
     """
     output.mkdir(parents=True, exist_ok=True)
-    try:
-        take(lock)
-    except Timeout:
-        raise ValueError(
-            f"another run writes to {output} now{holder(lock)}: wait for it, or choose another output folder"
-        ) from None
+    take(lock, "run", "output folder")
     path = output / "recipe.json"
     _check_same_recipe(recipe, output)
     if not path.exists():

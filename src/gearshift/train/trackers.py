@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from gearshift.files import write_whole
 from gearshift.records import Tally, read_records
-from gearshift.train.metrics import Callback, Record, StageEndRecord, StepRecord
+from gearshift.train.metrics import Callback, Record, StageEndRecord, StepRecord, close
 
 PROJECT = "gearshift"
 """What trackers with projects file every run under."""
@@ -24,7 +25,7 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 def make_trackers(names: Sequence[str], output: Path, every: int, config: Mapping[str, Any]) -> "list[Tracker]":
-    """The trackers that `names` ask for.
+    """The trackers that `names` ask for. If one of them cannot begin, those before it are closed.
 
     Args:
         names: of trackers, their packages installed.
@@ -34,7 +35,14 @@ def make_trackers(names: Sequence[str], output: Path, every: int, config: Mappin
     """
     kinds: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
     history = read_records(output / "metrics.jsonl") if names else []
-    return [kinds[name](output, every, config, history) for name in names]
+    made: list[Tracker] = []
+    try:
+        for name in names:
+            made.append(kinds[name](output, every, config, history))
+    except BaseException:
+        close(made)
+        raise
+    return made
 
 
 class Tracker(Callback):
@@ -164,5 +172,5 @@ def _identity(output: Path) -> tuple[str, str]:
     """The name of a run, and what tells it from others of that name: drawn once and kept in its folder."""
     path = output / "tracker-id"
     if not path.exists():
-        path.write_text(uuid4().hex[:8])
+        write_whole(path, uuid4().hex[:8])
     return output.resolve().name, path.read_text().strip()

@@ -23,6 +23,7 @@ from gearshift.train.estimate.rehearsal import LayerCosts, Rehearsal, rehearse
 from gearshift.train.optim import learning, main_parameters
 from gearshift.train.parallel.processes import mesh_sizes
 from gearshift.train.recipe import LayerwiseStage, ParallelSettings, Recipe, Stage
+from gearshift.train.run import A_FILE
 from gearshift.train.sampling import AllocationSampling
 
 PARTS = ("parameters", "gradients", "optimiser", "activations", "logits")
@@ -107,13 +108,17 @@ def _configs(recipe: Recipe) -> tuple[NativeConfig, ModelSpec | None]:
 
 
 def model_config(name: str, key: str) -> NativeConfig:
-    """The config of a folder, of a file of weights, of a spec file or of a model on the hub. No weight is read.
+    """The config of a folder, of a spec file, of a model on the hub or, of a teacher, of a file of weights.
 
-    ValueError if there is none, which says that a recipe's `key` names it.
+    No weight is read. ValueError if there is none, which says that a recipe's `key` names it.
     """
     path = Path(name)
     if path.is_file():
-        return read_native(path) if path.suffix in SPEC_SUFFIXES else open_checkpoint(path).native
+        if path.suffix in SPEC_SUFFIXES:
+            return read_native(path)
+        if key == "model":
+            raise ValueError(A_FILE.format(name))
+        return open_checkpoint(path).native
     if (path / "config.json").is_file():
         return read_native(path / "config.json")
     why = f"{key}: there is no config of {name!r}"
