@@ -40,8 +40,8 @@ def quickstart(
         recipe: a YAML file of `QuickstartSettings`.
         overrides: `key=value` changes of it.
 
-    ValueError if something named does not exist or does not fit, or if `out` holds another job, or
-    another process writes to it.
+    ValueError if something named does not exist or does not fit, if `out` holds another job, or if another process
+    writes to it.
     """
     path = Path(recipe) if recipe else RECIPES / ("tiny.yaml" if model == TINY else "quickstart.yaml")
     settings = load_settings(QuickstartSettings, path, overrides)

@@ -90,8 +90,8 @@ def tokenised(reader: Reader, tokenizer: Any, cache: str | Path | None = None) -
 
     Each document but a chat is followed by the tokenizer's end-of-sequence token, if it has one. Of processes that want
     the same tokens at the same time, one writes and the others wait, and say so on stderr: of a torchrun job the first
-    on each machine alone. ValueError if the source has no text, or nothing
-    of the assistant in any chat, or cannot be read.
+    on each machine alone. ValueError if the source has no text, or nothing of the assistant in any chat, or cannot be
+    read.
     """
     cache = Path(cache) if cache else cache_folder()
     identity = json.dumps([LAYOUT, reader.identity(), tokenizer_identity(tokenizer)])
