@@ -197,6 +197,16 @@ def test_an_interrupted_run_leaves_nothing_that_is_mistaken_for_tokens(tmp_path:
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+@pytest.mark.parametrize("facts", ["{}", "[]"])
+def test_facts_that_leave_something_out_are_damaged(tmp_path: Path, facts: str) -> None:
+    given = [write(tmp_path / "a.jsonl", alphabet(20))], letters(), 8, "packed", tmp_path / "cache"
+    open_corpus(*given)
+    (damaged,) = (tmp_path / "cache").glob("*/facts.json")
+    damaged.write_text(facts)
+    with pytest.raises(ValueError, match=r"a.jsonl in .* are damaged \(facts.json does not say all of"):
+        open_corpus(*given)
+
+
 @pytest.mark.parametrize("file", ["tokens.bin", "documents.bin", "facts.json"])
 @pytest.mark.parametrize("left", [0.5, 0, None])
 def test_damaged_tokens_are_not_mistaken_for_all_of_them(tmp_path: Path, file: str, left: float | None) -> None:

@@ -186,8 +186,9 @@ def test_an_estimate_warns_of_what_its_run_will(tmp_path: Path) -> None:
     assert positions in shown.stdout
 
 
-def test_everything_may_learn_where_no_teacher_is_needed(tmp_path: Path) -> None:
-    spec = spec_of(2)
+@pytest.mark.parametrize("tied", [False, True])
+def test_everything_may_learn_where_no_teacher_is_needed(tmp_path: Path, tied: bool) -> None:
+    spec = spec_of(2, tie_embeddings=tied)
     recipe = recipe_of(spec, tmp_path, SftStage(steps=2), learning_rate_scales={"*": 1.0})
     assert estimate(recipe)[0].total == pytest.approx(measured(spec, recipe), rel=0.15)
     mixed = recipe.model_copy(update={"stages": (*recipe.stages, StochasticStage(steps=1))})

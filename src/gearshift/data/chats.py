@@ -46,7 +46,7 @@ class ChatTemplate:
     def __call__(self, value: Any, field: str, where: str) -> tuple[str, Spans]:
         """See `ChatRenderer`. Empty if the assistant says nothing in the chat."""
         messages = _messages(value, field, where)
-        if not any(message["role"] == "assistant" for message in messages):
+        if not any(message["role"] == "assistant" and _says_anything(message) for message in messages):
             return "", []
         try:
             text, spans = self._marked(messages) if MARKER.search(self.template) else self._compared(messages)
@@ -96,6 +96,12 @@ def _messages(value: Any, field: str, where: str) -> list[Message]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError(f"{where}: {field!r} is not a list of messages but {_kind(value)}")
     return [_message(message, f"{where}: message {number} of {field!r}") for number, message in enumerate(value)]
+
+
+def _says_anything(message: Message) -> bool:
+    """Whether a message has more than names and blanks. What its turn ends with would be rendered all the same."""
+    values = (value for key, value in message.items() if key not in ("role", "name"))
+    return any(value.strip() if isinstance(value, str) else value for value in values)
 
 
 def _message(given: Any, where: str) -> Message:

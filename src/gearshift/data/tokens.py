@@ -25,6 +25,8 @@ from gearshift.progress import Advance, bar
 
 LAYOUT = 2
 """Of the files. One more than before wherever the same text would be written otherwise."""
+FACTS = {"dtype", "tokens", "documents", "digest"}
+"""What `facts.json` says of them."""
 GROUP = 4 * 2**20
 """Characters that are tokenised at a time, in parallel over documents and pieces of them."""
 
@@ -41,7 +43,10 @@ class TokenFile:
     def facts(self) -> dict[str, Any]:
         """`dtype`, `tokens`, `documents` and the `digest` of the tokens and their documents."""
         with self._damage():
-            return json.loads((self.folder / "facts.json").read_text())
+            facts = json.loads((self.folder / "facts.json").read_text())
+            if not isinstance(facts, dict) or not facts.keys() >= FACTS:
+                raise ValueError(f"facts.json does not say all of {', '.join(sorted(FACTS))}")
+            return facts
 
     @cached_property
     def tokens(self) -> np.ndarray:

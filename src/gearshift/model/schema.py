@@ -21,7 +21,9 @@ def _skeleton(dump: str) -> nn.Module:
     spec = ModelSpec.model_validate_json(dump)
     # Drawing nothing halves the time that it takes.
     with torch.device("meta"), no_init_weights():
-        return GearshiftForCausalLM(GearshiftConfig(spec))
+        model = GearshiftForCausalLM(GearshiftConfig(spec))
+    model.tie_weights()  # or a tied head would be a parameter of its own
+    return model
 
 
 def skeleton(spec: ModelSpec) -> nn.Module:
