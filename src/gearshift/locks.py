@@ -62,11 +62,10 @@ def _lives(process: int) -> bool:
     if os.name != "posix":  # signal 0, which only asks, would end it there
         return True
     try:
-        os.kill(process, 0)
+        with suppress(PermissionError):  # another user's
+            os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:
-        pass  # another user's
     return True
 
 

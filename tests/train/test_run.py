@@ -248,30 +248,6 @@ def test_trackers_are_told_and_a_missing_one_is_refused(source, tmp_path, monkey
     assert not (tmp_path / "new").exists()
 
 
-def test_a_tracker_that_cannot_begin_leaves_nothing_open(source, tmp_path, monkeypatch) -> None:
-    opened: list[JsonLines] = []
-    told: list[str] = []
-
-    class Noting(JsonLines):
-        def __init__(self, *given: Any):
-            super().__init__(*given)
-            opened.append(self)
-
-    class Watching(Callback):
-        def close(self) -> None:
-            told.append("over")
-
-    def refused(*given: Any) -> None:
-        raise ValueError("no account")
-
-    monkeypatch.setattr(run_module, "JsonLines", Noting)
-    monkeypatch.setattr(run_module, "make_trackers", refused)
-    with pytest.raises(ValueError, match="no account"):
-        train(recipe(source, tmp_path / "run"), callbacks=[Watching()])
-    assert told == ["over"]
-    assert [lines._file.closed for lines in opened] == [True]
-
-
 def test_numbers_that_json_lacks_become_null(source: Path, unbroken: Path) -> None:
     step = StepRecord(
         stage=0, type="layerwise", step=0, global_step=0, total_steps=1, loss=1.0, terms={"activation": float("nan")},
@@ -459,13 +435,22 @@ def test_every_callback_is_closed_whatever_goes_wrong(
         train(recipe(source, tmp_path / "one", stages=STAGES[:1]), callbacks=callbacks)
     assert all(callback.closed for callback in callbacks)
 
+    opened: list[JsonLines] = []
+
+    class Noting(JsonLines):
+        def __init__(self, *given: Any):
+            super().__init__(*given)
+            opened.append(self)
+
     def refuse(*given: Any) -> None:
         raise ValueError("no account")
 
+    monkeypatch.setattr(run_module, "JsonLines", Noting)
     monkeypatch.setattr(run_module, "make_trackers", refuse)
     with pytest.raises(ValueError, match="no account"):
         train(recipe(source, tmp_path / "two", stages=STAGES[:1]), callbacks=[alone := Closed()])
     assert alone.closed
+    assert [lines._file.closed for lines in opened] == [True]
 
 
 def test_a_full_disk_is_called_by_its_name(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What follows from a spec without weights: tensor names and shapes, starting distributions, sizes, costs."""
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,9 +14,12 @@ from gearshift.plan import Initialiser, Schema, TensorInfo
 from gearshift.spec import CostTable, ModelSpec, decode_cost
 from gearshift.spec.parts import DTYPE_BYTES
 
+if TYPE_CHECKING:
+    from gearshift.model.modeling import GearshiftForCausalLM
+
 
 @lru_cache(maxsize=8)
-def _skeleton(dump: str) -> nn.Module:
+def _skeleton(dump: str) -> "GearshiftForCausalLM":
     from gearshift.model.modeling import GearshiftForCausalLM
 
     spec = ModelSpec.model_validate_json(dump)
@@ -26,7 +30,7 @@ def _skeleton(dump: str) -> nn.Module:
     return model
 
 
-def skeleton(spec: ModelSpec) -> nn.Module:
+def skeleton(spec: ModelSpec) -> "GearshiftForCausalLM":
     """The model on the meta device: all of its structure, none of its weights. Cached; do not change it."""
     return _skeleton(spec.model_dump_json())
 

@@ -7,6 +7,7 @@ import torch
 
 from gearshift.model import GearshiftForCausalLM
 from gearshift.spec import ModelSpec, Placement, resolve_placement
+from gearshift.train.optim import main_parameters
 from gearshift.train.recipe import Recipe, SampledStage
 from gearshift.train.sampling import SandwichSampling
 
@@ -29,29 +30,33 @@ def outline(recipe: Recipe, model: GearshiftForCausalLM, scales: Mapping[str, fl
 
 
 def remarks(
-    recipe: Recipe, spec: ModelSpec, presets: Mapping[str, Placement], teacher: ModelSpec | None, main_learns: bool
+    recipe: Recipe,
+    model: GearshiftForCausalLM,
+    scales: Mapping[str, float],
+    presets: Mapping[str, Placement],
+    teacher: ModelSpec | None,
 ) -> Iterator[str]:
     """A sentence for each thing that can be done, but teaches less than a person may expect.
 
     Args:
         recipe: the run.
-        spec: the model.
+        model: what learns; its weights do not matter.
+        scales: the names of those of its parameters that do.
         presets: its presets.
         teacher: a reference model, None for the model itself.
-        main_learns: whether anything does that the main placement uses.
     """
-    for what, one in {"model": spec, "teacher": teacher}.items():
+    for what, one in {"model": model.spec, "teacher": teacher}.items():
         if one is not None and recipe.sequence_length > one.max_positions:
             yield (
                 f"sequence_length is {recipe.sequence_length:,}, but the {what} was made for {one.max_positions:,}"
                 " positions: what it says of tokens beyond them may be worth little; take shorter sequences, or a"
                 " model made for longer ones"
             )
-    if main_learns:
+    if not scales.keys().isdisjoint(main_parameters(model)):
         return
     for index, stage in enumerate(recipe.stages):
         if isinstance(stage, SampledStage) and isinstance(stage.sampling, SandwichSampling):
-            yield from _idle_ends(f"stage {index} ({stage.type})", stage.sampling, spec, presets)
+            yield from _idle_ends(f"stage {index} ({stage.type})", stage.sampling, model.spec, presets)
 
 
 def _idle_ends(

@@ -26,7 +26,6 @@ from gearshift.train.engine import Precision
 from gearshift.train.guard import TrainingDivergedError
 from gearshift.train.loop import Distiller
 from gearshift.train.metrics import Callback, JsonLines, Record, StageEndRecord, StepRecord, StoppedRecord, close
-from gearshift.train.optim import main_parameters
 from gearshift.train.outlook import outline, remarks
 from gearshift.train.parallel import ALONE, Parallel, parallelise, process_group
 from gearshift.train.recipe import Recipe
@@ -189,12 +188,12 @@ def _prepare(recipe: Recipe, device: torch.device, parallel: Parallel) -> tuple[
 
 def _say(recipe: Recipe, distiller: Distiller, steps_done: int, begun: Callable[[str], None] | None) -> None:
     """What a person may want to know before the text is tokenised, which can take long."""
-    model, teacher = distiller.model, None if distiller.teacher is distiller.model else distiller.teacher.spec
-    main_learns = not distiller.scales.keys().isdisjoint(main_parameters(model))
-    for sentence in remarks(recipe, model.spec, model.presets, teacher, main_learns):
+    model, scales = distiller.model, distiller.scales
+    teacher = None if distiller.teacher is model else distiller.teacher.spec
+    for sentence in remarks(recipe, model, scales, model.presets, teacher):
         warnings.warn(sentence, stacklevel=1)
     if begun is not None:
-        begun(outline(recipe, model, distiller.scales, steps_done))
+        begun(outline(recipe, model, scales, steps_done))
 
 
 def _read(recipe: Recipe, tokenizer: Any, distiller: Distiller) -> str:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from gearshift.spec.model import shortest_pattern
 from gearshift.spec.placement import NAME
 from gearshift.train import outlook
 from gearshift.train.estimate.rehearsal import LayerCosts, Rehearsal, rehearse
-from gearshift.train.optim import learning, main_parameters
+from gearshift.train.optim import learning
 from gearshift.train.parallel.processes import mesh_sizes
 from gearshift.train.recipe import LayerwiseStage, ParallelSettings, Recipe, Stage
 from gearshift.train.run import A_FILE
@@ -95,10 +94,9 @@ def estimate(recipe: Recipe, gpus: int | None = None) -> list[StageEstimate]:
 def run_remarks(recipe: Recipe) -> list[str]:
     """What a run of `recipe` will warn of, from configs alone."""
     native, teacher = _configs(recipe)
-    model: Any = skeleton(native.spec)
+    model = skeleton(native.spec)
     scales = learning(model, recipe, other_teacher=teacher is not None)
-    main_learns = not scales.keys().isdisjoint(main_parameters(model))
-    return list(outlook.remarks(recipe, native.spec, native.presets, teacher, main_learns))
+    return list(outlook.remarks(recipe, model, scales, native.presets, teacher))
 
 
 def _configs(recipe: Recipe) -> tuple[NativeConfig, ModelSpec | None]:
@@ -242,9 +240,8 @@ class _Whole:
         self.spec = spec
         self.parts = recipe.parts_of(index)
         self.layers = layers
-        model: Any = skeleton(spec)
         self.moments = STATE if recipe.ema is None else STATE + 4
-        scales = learning(model, recipe, other_teacher=teacher is not None)
+        scales = learning(skeleton(spec), recipe, other_teacher=teacher is not None)
         self.sizes = _sizes(spec)
         self.learning = {name: self.sizes[name] for name in scales}
         self.learners = {_mixer(name) for name in self.learning}
@@ -367,8 +364,7 @@ class _Whole:
 
 def _sizes(spec: ModelSpec) -> dict[str, int]:
     """Name -> bytes of each parameter in float32. A tied head is the embedding table."""
-    tied = {"lm_head.weight"} if spec.tie_embeddings else set()
-    return {name: 4 * value.numel() for name, value in skeleton(spec).named_parameters() if name not in tied}
+    return {name: 4 * value.numel() for name, value in skeleton(spec).named_parameters()}
 
 
 def _mixer(name: str) -> tuple[str, str] | None:
