@@ -80,6 +80,8 @@ VARIANTS: dict[str, Variant] = {
     "layerwise alone": Variant(share=1.0),
     "stochastic alone": Variant(share=0.0),
     "half and half": Variant(share=0.5),
+    "half and half, layerwise rate 4e-3": Variant(layerwise={"learning_rate": 4e-3}, share=0.5),
+    "half and half, gdn's and kda's rate times 2": Variant(settings=rates(gdn=2.0, kda=2.0), share=0.5),
     "no calibration": Variant(layerwise={"calibration": "none"}),
     "calibration by one factor": Variant(layerwise={"calibration": "scale"}),
     "student's stream": Variant(layerwise={"stream": "student"}),
