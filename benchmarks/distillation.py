@@ -1,14 +1,16 @@
 """What a supernet learns in a given number of steps: divergence from the teacher, and the time that the steps took.
 
-    python benchmarks/distillation.py MODEL --text TRAIN --held-out FILE ... [--layerwise 300] [--stochastic 740]
+    python benchmarks/distillation.py MODEL --text TRAIN --held-out FILE ... [--layerwise 540] [--stochastic 540]
 
-MODEL is a supernet folder, or a checkpoint that the quickstart's surgery is applied to in memory. TRAIN is a file or a
-folder of text, FILE text that is not in it. Forward KL to the teacher, in nats a token, is the mean over the files, up
-to 32 sequences of each. Every step counts as the median one: the first compile, tune and record kernels.
+MODEL is a supernet folder, or a checkpoint that the quickstart's surgery is applied to in memory. The stages are those
+of `recipes/smollm2-135m/train.yaml`, for as many steps as asked for. TRAIN is a file or a folder of text, FILE text that
+is not in it. Forward KL to the teacher, in nats a token, is the mean over the files, up to 32 sequences of each. Every
+step counts as the median one: the first compile, tune and record kernels.
 """
 
 import argparse
 import statistics
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -19,9 +21,10 @@ from transformers import AutoTokenizer
 from gearshift import GearshiftForCausalLM, Placement
 from gearshift.data import TokenSequences, load_sequences, read_text
 from gearshift.evaluate import Judge, JudgeSettings
-from gearshift.train import DistillationSettings, LayerwiseStage, Record, StepRecord, StochasticStage, distil
+from gearshift.train import DistillationSettings, Record, StepRecord, distil, load_recipe
 from gearshift.train.sampling import UniformSampling
 
+RECIPE = Path(__file__).parents[1] / "recipes" / "smollm2-135m" / "train.yaml"
 RANDOM = 8
 """Random placements that are judged."""
 
@@ -67,8 +70,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--text", required=True)
     parser.add_argument("--held-out", required=True, nargs="+")
-    parser.add_argument("--layerwise", type=int, default=300)
-    parser.add_argument("--stochastic", type=int, default=740)
+    parser.add_argument("--layerwise", type=int, default=540)
+    parser.add_argument("--stochastic", type=int, default=540)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -76,7 +79,8 @@ def main() -> None:
     model, tokenizer = load(options.model, options.device), AutoTokenizer.from_pretrained(options.model)
     train = load_sequences(read_text(options.text), tokenizer, options.length)
     held_out = [load_sequences(read_text(file), tokenizer, options.length, limit=32) for file in options.held_out]
-    stages = (LayerwiseStage(steps=options.layerwise), StochasticStage(steps=options.stochastic))
+    steps = {"layerwise": options.layerwise, "stochastic": options.stochastic}
+    stages = tuple(stage.model_copy(update={"steps": steps[stage.type]}) for stage in load_recipe(RECIPE).stages)
     records: list[StepRecord] = []
 
     def watch(record: Record) -> None:

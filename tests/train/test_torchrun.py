@@ -40,11 +40,11 @@ def test_a_killed_process_ends_the_job_and_a_restart_goes_on_from_the_checkpoint
     check_restart(source, tmp_path)
 
 
-def check_restart(source: Path, tmp_path: Path, **more: Any) -> None:
+def check_restart(source: Path, tmp_path: Path, timeout: float = 120, **more: Any) -> None:
     """A run whose second process is killed once, against one that nothing happens to."""
     path = write(recipe(source, tmp_path / "run", stages=STAGES, **more), tmp_path)
     script = Path(__file__).with_name("killed_once.py")
-    ended = torchrun("--max-restarts", "1", script, tmp_path / "killed", "train", path)
+    ended = torchrun("--max-restarts", "1", script, tmp_path / "killed", "train", path, timeout=timeout)
     assert (tmp_path / "killed").exists()
     assert ended.returncode == 0, ended.stderr
     # torchrun says which and how; the other one says that one has ended, unless torchrun was faster to end it.
