@@ -4,8 +4,8 @@
 
 MODEL is a supernet folder, or a checkpoint that the quickstart's surgery is applied to in memory. The stages are those
 of `recipes/smollm2-135m/train.yaml`, for as many steps as asked for. TRAIN is a file or a folder of text, FILE text
-that is not in it. Forward KL to the teacher, in nats a token, is the mean over the files, up to 32 sequences of each. Every
-step counts as the median one: the first compile, tune and record kernels.
+that is not in it. Forward KL to the teacher, in nats a token, is the mean over the files, up to 32 sequences of each.
+Every step counts as the median one: the first compile, tune and record kernels.
 """
 
 import argparse
