@@ -173,9 +173,10 @@ def test_a_preset_that_a_model_does_not_have_yet_may_be_any_placement(tmp_path: 
 
 def test_an_estimate_warns_of_what_its_run_will(tmp_path: Path) -> None:
     sampling = SandwichSampling(cheapest="yet-to-come", largest="attention")
-    more = {"sequence_length": 129, "teacher": str(tmp_path / "model.yaml")}
+    more = {"sequence_length": 129, "teacher": str(tmp_path / "model.yaml"), "text": "/nowhere.txt"}
     recipe = recipe_of(spec_of(layers=2), tmp_path, StochasticStage(steps=3, sampling=sampling), **more)
-    positions, of_teacher, idle = remarks(recipe, [])
+    nowhere, positions, of_teacher, idle = remarks(recipe, [])
+    assert nowhere == "no text at /nowhere.txt: there is no such file or folder; a run needs it"
     assert positions.startswith("sequence_length is 129, but the model was made for 128 positions")
     assert of_teacher.startswith("sequence_length is 129, but the teacher was made for 128 positions")
     assert idle.startswith("stage 0 (stochastic): largest is 'attention', the main placement, of which nothing learns")

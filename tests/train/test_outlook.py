@@ -140,6 +140,9 @@ def test_what_needs_no_text_is_said_before_it_is_tokenised(
     train(recipe(source, tmp_path / "run", stages=[STEP]), begun=lambda line: order.append("begun"))
     assert order == ["remarks", "begun", "text"]
     order.clear()
+    with pytest.raises(ValueError, match="no text at /nowhere"):
+        train(recipe(source, tmp_path / "new", stages=[STEP], text="/nowhere"))
+    assert not order
     misspelt = [{**STEP, "sampling": {"type": "sandwich", "cheapest": "fasst"}}]
     with pytest.raises(ValueError, match="fasst"):
         train(recipe(source, tmp_path / "new", stages=misspelt))

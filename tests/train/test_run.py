@@ -191,6 +191,7 @@ def test_the_weights_keep_the_dtype_they_came_in(source: Path, tmp_path: Path) -
         ({"sequence_length": 100_000, "output": "{new}"}, "the text is too short: 900 tokens do not make one"),
         ({"held_out": 56, "output": "{new}"}, "too few to hold out 56"),
         ({"device": "abacus", "output": "{new}"}, "the device 'abacus' cannot be used"),
+        ({"device": "meta", "output": "{new}"}, "the device 'meta' computes nothing: --estimate says"),
         ({"freeze": ["*.mamba.*"], "output": "{new}"}, "matches no parameter"),
         ({"output": "{source}"}, "holds something else than a training run"),
     ],

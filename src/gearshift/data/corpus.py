@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from gearshift.data.batch import Batch
 from gearshift.data.chats import ChatTemplate
 from gearshift.data.order import interleaved, shares, shuffled
 from gearshift.data.python_text import python_documents
-from gearshift.data.readers import ChatRenderer, Dataset, Documents, Files, Reader
+from gearshift.data.readers import ChatRenderer, Dataset, Documents, Files, Reader, find_files
 from gearshift.data.sequences import TokenSequences, spread, too_few
 from gearshift.data.tokens import TokenFile, tokenised
 from gearshift.spec import Spec
@@ -54,6 +54,13 @@ class DataSource(Spec):
             raise ValueError("config and split belong to a dataset, not to a path")
         return self
 
+    of_chats: ClassVar[bool] = False
+
+    def check(self) -> None:
+        """ValueError if there is no file at its path. Reads nothing; what a dataset holds only its reader knows."""
+        if self.path is not None:
+            find_files(Path(self.path), self.of_chats)
+
     def reader(self, chats: ChatRenderer | None = None) -> Reader:
         """Opens the source, of text or of `chats`. ValueError if it is not there."""
         if self.dataset is not None:
@@ -65,6 +72,7 @@ class DataSource(Spec):
 class ChatSource(DataSource):
     """One source of chats."""
 
+    of_chats: ClassVar[bool] = True
     field: str = "messages"
     """The key or column that holds a row's chat: a list of {role, content}, or ShareGPT's {from, value}."""
 

@@ -63,25 +63,29 @@ class Reader(Protocol):
         ...
 
 
+def find_files(path: Path, of_chats: bool) -> list[Path]:
+    """The file at `path`, or all below a folder that may hold text (or chats), sorted. ValueError if there is none."""
+    what, suffixes = ("chats", (*LINES, *PARQUET)) if of_chats else ("text", (*TEXT, *LINES, *PARQUET))
+    if not path.exists():
+        raise ValueError(f"no {what} at {path}: there is no such file or folder")
+    inside = (file for file in path.rglob("*") if _suffix(file) in suffixes and file.is_file())
+    files = sorted(inside) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"no {what} in {path}: it holds no file that ends in {', '.join(sorted(suffixes))}")
+    if of_chats and _suffix(path) not in suffixes and not path.is_dir():
+        raise ValueError(f"no chats in {path}: they are read from files that end in {', '.join(sorted(suffixes))}")
+    return files
+
+
 class Files:
     """A file, or all files below a folder that hold text, sorted by path: `.jsonl`, `.parquet`, or plain text."""
 
     def __init__(self, path: str | Path, field: str = "text", chats: ChatRenderer | None = None):
         """`field` is the key or column of the text, or of the `chats`. ValueError if there is no such file."""
-        path = Path(path)
         self.name = str(path)
         self.field = field
         self.chats = chats
-        what = "text" if chats is None else "chats"
-        if not path.exists():
-            raise ValueError(f"no {what} at {path}: there is no such file or folder")
-        suffixes = (*LINES, *PARQUET) if chats else (*TEXT, *LINES, *PARQUET)
-        inside = (file for file in path.rglob("*") if _suffix(file) in suffixes and file.is_file())
-        self.files = sorted(inside) if path.is_dir() else [path]
-        if not self.files:
-            raise ValueError(f"no {what} in {path}: it holds no file that ends in {', '.join(sorted(suffixes))}")
-        if chats and _suffix(path) not in suffixes and not path.is_dir():
-            raise ValueError(f"no chats in {path}: they are read from files that end in {', '.join(sorted(suffixes))}")
+        self.files = find_files(Path(path), of_chats=chats is not None)
         self.size = sum(file.stat().st_size for file in self.files)
 
     def identity(self) -> Any:

@@ -108,6 +108,8 @@ def _train(
     if parallel.once(lambda: _is_finished(recipe, output, finished)):
         return nothing_to_do
     check_trackers(recipe.trackers)
+    for source in (*recipe.sources, *(recipe.chats or ())):
+        source.check()
     parallel.check(recipe)
     distiller, tokenizer, dtypes = _prepare(recipe, device, parallel)
     checkpoints = Checkpoints(output / "checkpoints", background=device.type == "cuda")
@@ -289,9 +291,12 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
-        return torch.device(name)
+        device = torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise ValueError("the device 'meta' computes nothing: --estimate says what a run needs, without one")
+    return device
 
 
 def _check_same_recipe(recipe: Recipe, output: Path) -> None:
