@@ -243,6 +243,21 @@ def test_another_text_or_a_broken_checkpoint_is_refused(source: Path, tmp_path: 
         train(run)
 
 
+def test_a_record_edited_by_a_person_does_not_let_a_run_go_on_in_a_traceback(source: Path, tmp_path: Path) -> None:
+    run = recipe(source, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train(run, callbacks=[Interrupt(2)])
+    path = tmp_path / "run" / "metrics.jsonl"
+    record = path.read_text()
+    for line in ('{"note": "mine"}', '{"stage": "0", "step": 1}'):
+        path.write_text(record + line + "\n")
+        with pytest.raises(ValueError, match=r"metrics.jsonl holds a line that does not say its stage and step \({"):
+            train(run)
+        assert path.read_text() == record + line + "\n"
+    path.write_text(record)
+    assert train(run).resumed_at == 2
+
+
 def test_a_checkpoint_that_goes_while_it_is_read(source: Path, tmp_path: Path) -> None:
     """A run's next one replaces it, and the run must not be given up for that."""
     run = recipe(source, tmp_path / "run")
