@@ -119,6 +119,17 @@ def test_bad_settings_get_one_sentence(path: Path, override: str, sentence: str)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("sources", ["text", "data", "chats"])
+def test_an_output_folder_within_what_is_read_is_refused(path: Path, sources: str) -> None:
+    more = ["output=corpus/runs/one", "stages.0={type: sft, steps: 1}", "chats=[{path: chats.jsonl}]"]
+    for folder in ("corpus", "./corpus/runs", "other/../corpus"):
+        given = folder if sources == "text" else f"[{{path: {folder}}}]"
+        with pytest.raises(ValueError, match=rf"corpus/runs/one lies in {folder}, so a resumed run would read its own"):
+            load_recipe(path, [*more, f"{sources}={given}"])
+    beside = "corpora" if sources == "text" else "[{path: corpora}]"
+    load_recipe(path, [*more, f"{sources}={beside}"])
+
+
 def test_a_teacher_that_no_stage_learns_from_is_refused(path: Path) -> None:
     more = ["teacher=another", "chats=[{path: chats.jsonl}]"]
     with pytest.raises(ValueError, match="no stage learns from a teacher: leave teacher out, or weigh a loss that"):

@@ -357,6 +357,16 @@ class Recipe(DistillationSettings):
         return self
 
     @model_validator(mode="after")
+    def _output_beside_what_is_read(self) -> Self:
+        for source in (*self.sources, *(self.chats or ())):
+            if source.path is not None and Path(self.output).resolve().is_relative_to(Path(source.path).resolve()):
+                raise ValueError(
+                    f"the output folder {self.output} lies in {source.path}, so a resumed run would read its own record"
+                    " as text: choose another one"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _teacher_for_a_stage(self) -> Self:
         if self.teacher != "self" and not any(stage.needs_teacher for stage in self.stages):
             raise ValueError("no stage learns from a teacher: leave teacher out, or weigh a loss that compares with it")
