@@ -33,12 +33,14 @@ FiniteRows = dict[str, list[Finite | None]]
 
 
 class _Asked(BaseModel):
-    """What is asked of a record, or of a part of one: its place in the run. It may say more."""
+    """What is asked of a record, or of a part of one. It may say more."""
 
     model_config = ConfigDict(strict=True)
 
 
 class _Record(_Asked):
+    """Its place in the run, whatever its kind."""
+
     stage: Count
     type: str
     step: Count
