@@ -59,7 +59,13 @@ class Tally:
                 self.add(Placement.parse(record["placement"]), record["loss"])
 
     def add(self, placement: Placement, loss: float | None) -> None:
-        """Count in a step. `loss` is None where nothing that ran could learn."""
+        """Count in a step. `loss` is None where nothing that ran could learn.
+
+        ValueError if the placement is not of as many layers as those before it.
+        """
+        layers = len(next(iter(self.cells.values()), placement))
+        if len(placement) != layers:
+            raise ValueError(f"a placement of {len(placement)} layers comes after placements of {layers}")
         before = loss if self._trend is None else self._trend
         if loss is not None and before is not None:
             self._trend = before + TREND * (loss - before)

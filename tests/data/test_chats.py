@@ -150,11 +150,16 @@ def rows(made: Corpus) -> list[tuple[str, str, list[int]]]:
     ]
 
 
+def unpadded(text: str, starts: list[int]) -> str:
+    """A sequence's text without its padding, which begins as no chat does."""
+    return text[: starts[-1]] if text[starts[-1]] == " " else text
+
+
 def test_a_sequence_holds_whole_chats_and_padding(tmp_path: Path) -> None:
     made = corpus(tmp_path, chat("u:1", "a:2"), chat("u:3", "a:4"), chat("u:5", "a:67"))
     assert rows(made) == [
         ("<u>1#\n<a>2#\n<u>3#\n<a>4#\n", "_" * 9 + "2#" + "_" * 10 + "4#_", [0, 12]),
-        ("<u>5#\n<a>67#\n" + "|" * 11, "_" * 9 + "67#" + "_" * 12, [0, 13]),
+        ("<u>5#\n<a>67#\n" + " " * 11, "_" * 9 + "67#" + "_" * 12, [0, 13]),
     ]
 
 
@@ -162,7 +167,7 @@ def test_a_long_chat_is_cut_and_one_without_an_answer_left_out(tmp_path: Path, c
     long, late = chat("u:12", "a:" + "x" * 40), chat("u:" + "y" * 40, "a:z")
     with caplog.at_level(logging.WARNING):
         made = corpus(tmp_path, chat("u:1", "a:2"), long, late, chat("u:3"), length=16)
-    assert [text for text, _, _ in rows(made)] == ["<u>1#\n<a>2#\n||||", "<u>12#\n<a>xxxxxx"]
+    assert [text for text, _, _ in rows(made)] == ["<u>1#\n<a>2#\n    ", "<u>12#\n<a>xxxxxx"]
     assert "of 3 chats, 1 are cut after 16 tokens, and 1 are left out because" in caplog.text
     caplog.clear()
     assert len(corpus(tmp_path, chat("u:1", "a:2"), long, length=16, quiet=True)) == 2
@@ -188,14 +193,12 @@ def test_no_token_is_lost_but_those_beyond_a_sequence(tmp_path_factory, chats, l
             corpus(folder, *values, length=length)
         return
     found = rows(corpus(folder, *values, length=length))
-    assert "".join(text.rstrip("|") for text, _, _ in found) == "".join(text for text, _ in kept)
+    assert "".join(unpadded(text, starts) for text, _, starts in found) == "".join(text for text, _ in kept)
     counted = sum(min(end, length) - min(first, length) for _, spans in kept for first, end in spans)
     assert sum(mark != "_" for _, marks, _ in found for mark in marks) == counted
     for text, _, starts in found:
-        used = len(text.rstrip("|"))
         assert len(text) == length
         assert starts[0] == 0
-        assert used == length or used in starts
 
 
 def rows_one_by_one(file: SimpleNamespace, length: int) -> tuple[list[tuple[int, int]], int, int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -215,6 +216,38 @@ def test_what_is_no_run_is_said_in_a_sentence(tmp_path: Path, files: dict[str, s
     with pytest.raises(ValueError, match=sentence) as caught:
         read_history(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("event", "change", "sentence"),
+    [
+        ("step", {"seconds": "1"}, "seconds: Input should be a valid number"),
+        ("step", {"seconds": None}, "seconds: Input should be a valid number"),
+        ("step", {"loss": float("nan")}, "loss: Input should be a finite number"),
+        ("step", {"tokens": [1]}, "tokens: Input should be a valid integer"),
+        ("step", {"global_step": "0"}, "global_step: Input should be a valid integer"),
+        ("step", {"layers": {"gdn": 1}}, "layers.gdn: Input should be a valid list"),
+        ("step", {"placement": ["gdn"]}, "placement: .* a placement is text"),
+        ("step", {"placement": "gdn"}, "a placement of 1 layers comes after placements of 4"),
+        ("calibration", {"after": {"gdn": ["x"]}}, "after.gdn.0: Input should be a valid number"),
+        ("stage_end", {"held_out": {"forward_kl": None}}, "held_out.forward_kl: Input should be a valid dictionary"),
+        ("stage_end", {"stage": "1"}, "stage: Input should be a valid integer"),
+        ("stopped", {"reason": 3}, "reason: Input should be a valid string"),
+    ],
+)
+def test_records_edited_into_other_types_are_refused_in_a_sentence(
+    tmp_path: Path, event: str, change: dict, sentence: str
+) -> None:
+    path = sample_run(tmp_path / "run", LAYERS, 4, 3) / "metrics.jsonl"
+    records = read_records(path)
+    records.append(records[-1] | {"event": "stopped", "reason": "the loss became nan"})
+    edited = next(place for place in (-3, -2, -1, 0) if records[place]["event"] == event)
+    records[edited] = records[edited] | change
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    shown = CliRunner().invoke(app, ["report", str(path.parent)])
+    said = " ".join(shown.output.split())
+    assert shown.exit_code == 2, said
+    assert re.search(rf"metrics.jsonl cannot be understood \({sentence}", said), said
 
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:

@@ -103,6 +103,13 @@ def test_overrides_reach_every_depth_and_are_yaml(path: Path) -> None:
         ("attn_implementation=foo",
          "attn_implementation: there is no attention function 'foo': choose .*sdpa, eager, .*, or a kernel of the hub"),
         ("learning_rate_scales={'*': -1}", "greater than or equal to 0"),
+        ("stages.0={type: layerwise, steps: 1, calibration: none, ridge: 0.5}",
+         "stages.0.layerwise: ridge 0.5 holds calibration: ridge, not none: leave it out"),
+        ("stages.0={type: layerwise, steps: 1, calibration: scale, ridge: 2}", "ridge 2 holds calibration: ridge, not"),
+        ("stages.1={type: stochastic, steps: 1, temperature: 2, losses: {forward_kl: 0, activation: 1}}",
+         "stages.1.stochastic: temperature 2 is that of forward_kl and reverse_kl, which have no weight: leave it out"),
+        ("stages.1={type: sft, steps: 1, temperature: 0.5}", "stages.1.sft: temperature 0.5 is that of forward_kl"),
+        ("trackers=[wandb, tensorboard, wandb]", "trackers: wandb comes twice: name each once"),
     ],
 )  # fmt: skip
 def test_bad_settings_get_one_sentence(path: Path, override: str, sentence: str) -> None:
@@ -110,6 +117,25 @@ def test_bad_settings_get_one_sentence(path: Path, override: str, sentence: str)
         load_recipe(path, [override])
     assert not isinstance(caught.value, ValidationError)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sources", ["text", "data", "chats"])
+def test_an_output_folder_within_what_is_read_is_refused(path: Path, sources: str) -> None:
+    more = ["output=corpus/runs/one", "stages.0={type: sft, steps: 1}", "chats=[{path: chats.jsonl}]"]
+    for folder in ("corpus", "./corpus/runs", "other/../corpus"):
+        given = folder if sources == "text" else f"[{{path: {folder}}}]"
+        with pytest.raises(ValueError, match=rf"corpus/runs/one lies in {folder}, so a resumed run would read its own"):
+            load_recipe(path, [*more, f"{sources}={given}"])
+    beside = "corpora" if sources == "text" else "[{path: corpora}]"
+    load_recipe(path, [*more, f"{sources}={beside}"])
+
+
+def test_a_teacher_that_no_stage_learns_from_is_refused(path: Path) -> None:
+    more = ["teacher=another", "chats=[{path: chats.jsonl}]"]
+    with pytest.raises(ValueError, match="no stage learns from a teacher: leave teacher out, or weigh a loss that"):
+        load_recipe(path, [*more, "stages=[{type: sft, steps: 1}]"])
+    load_recipe(path, [*more, "stages=[{type: sft, steps: 1}, {type: layerwise, steps: 1}]"])
+    load_recipe(path, [*more, "stages=[{type: sft, steps: 1, losses: {reverse_kl: 1}}]"])
 
 
 def test_attention_functions_of_transformers_of_the_hub_and_of_ones_own_are_known(path: Path) -> None:

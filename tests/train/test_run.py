@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gearshift import Placement
 from gearshift.settings import load_settings
@@ -207,6 +207,27 @@ def test_what_cannot_run_is_refused_and_leaves_no_trace(source, unbroken, tmp_pa
     assert (unbroken / "metrics.jsonl").read_bytes() == record
 
 
+def test_a_text_with_tokens_that_the_model_lacks_is_refused(source: Path, tmp_path: Path) -> None:
+    """The tokenizer may have more of them, for padding say, as long as the text does not."""
+    shutil.copytree(source / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text((source / "text.txt").read_text() + "<pad>")
+    stages = [{"type": "stochastic", "steps": 1}]
+    refused = recipe(tmp_path, tmp_path / "run", stages=stages)
+    with pytest.raises(ValueError, match=r"text.txt holds the token '<pad>', number 61 of .* vocabulary has 61: take"):
+        train(refused)
+    assert not (tmp_path / "run").exists()
+    spoken = [{"role": "user", "content": "HI"}, {"role": "assistant", "content": "HO"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": spoken}) + "\n")
+    (tmp_path / "template.jinja").write_text("{% for m in messages %}{{ m.content }}.{% endfor %}")
+    chats = {"chats": [{"path": str(tmp_path / "chats.jsonl")}], "chat_template": str(tmp_path / "template.jinja")}
+    sft = [{"type": "sft", "steps": 1}]
+    given = refused.model_dump() | {"stages": sft, "text": None, **chats}
+    train(Recipe.model_validate(given))
+
+
 def test_another_text_or_a_broken_checkpoint_is_refused(source: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     shutil.copy(source / "text.txt", text)
@@ -221,6 +242,21 @@ def test_another_text_or_a_broken_checkpoint_is_refused(source: Path, tmp_path: 
     next(checkpoint.glob("*.distcp")).write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"the checkpoint .* cannot be read"):
         train(run)
+
+
+def test_a_record_edited_by_a_person_does_not_let_a_run_go_on_in_a_traceback(source: Path, tmp_path: Path) -> None:
+    run = recipe(source, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train(run, callbacks=[Interrupt(2)])
+    path = tmp_path / "run" / "metrics.jsonl"
+    record = path.read_text()
+    for line in ('{"note": "mine"}', '{"stage": "0", "step": 1}'):
+        path.write_text(record + line + "\n")
+        with pytest.raises(ValueError, match=r"metrics.jsonl holds a line that does not say its stage and step \({"):
+            train(run)
+        assert path.read_text() == record + line + "\n"
+    path.write_text(record)
+    assert train(run).resumed_at == 2
 
 
 def test_a_checkpoint_that_goes_while_it_is_read(source: Path, tmp_path: Path) -> None:

@@ -123,13 +123,12 @@ class Cut:
 class ChatCut(Cut):
     """The chats of a source as sequences of one length: as many whole ones as fit, then padding.
 
-    A chat that is longer than a sequence is cut at its end and has one to itself.
+    A chat that is longer than a sequence is cut at its end and has one to itself. Padding is token 0, which every model
+    has, other than a tokenizer's own: nothing comes after it, and it is never learnt.
     """
 
     rows: np.ndarray
     """Of each sequence, the first of its tokens and the one after the last, [sequences, 2], int64."""
-    padding: int
-    """The token that fills sequences up. It is never learnt."""
 
     @property
     def _total(self) -> int:
@@ -139,7 +138,7 @@ class ChatCut(Cut):
         """A sequence: tokens, where chats (and the padding) begin, and which tokens are to be learnt. All [length]."""
         first, end = self.rows[place]
         used = end - first
-        tokens = np.full(self.length, self.padding, self.file.tokens.dtype)
+        tokens = np.zeros(self.length, self.file.tokens.dtype)
         starts, counted = np.zeros((2, self.length), bool)
         tokens[:used], starts[:used] = self.file.tokens[first:end], self._starts(first, end)
         counted[:used] = self.file.counted[first:end]
@@ -192,6 +191,19 @@ class Corpus:
         batch = self._read([(source, place) for source, chosen in enumerate(places) for place in chosen])
         return Corpus(rest, self.shares, self.boundaries), TokenSequences.of(batch)
 
+    def check(self, tokenizer: Any, vocabulary: int) -> None:
+        """ValueError if the text holds a token that a model with a `vocabulary` of this size does not know."""
+        if max(tokenizer.get_vocab().values()) < vocabulary:
+            return
+        for cut in self.cuts:
+            largest = int(cut.file.tokens.max())
+            if largest >= vocabulary:
+                raise ValueError(
+                    f"{cut.file.name} holds the token {tokenizer.convert_ids_to_tokens(largest)!r}, number {largest:,}"
+                    f" of the tokenizer, but the model's vocabulary has {vocabulary:,}: take the model's own tokenizer,"
+                    " or a model whose embeddings were resized to this one"
+                )
+
     def digest(self) -> str:
         """Changes if any token does, or what is drawn from where."""
         sources = [[cut.file.facts["digest"], str(share)] for cut, share in zip(self.cuts, self.shares, strict=True)]
@@ -240,11 +252,10 @@ def open_chats(
     are too long. ValueError if a source cannot be read, or if the tokenizer has no chat template.
     """
     template = ChatTemplate(tokenizer)
-    padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     cuts = []
     for source in sources:
         file = tokenised(source.reader(template), tokenizer, cache)
-        cuts.append(ChatCut(file, length, rows=chat_rows(file, length, quiet), padding=padding))
+        cuts.append(ChatCut(file, length, rows=chat_rows(file, length, quiet)))
     return Corpus(cuts, shares([source.weight for source in sources]), boundaries)
 
 

@@ -9,23 +9,16 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gearshift.locks import LOCK, is_abandoned
 from gearshift.records import Tally, parse_record
-from gearshift.report.data import Stage, TrainingRecord
+from gearshift.report.data import Count, PlacementText, Stage, TrainingRecord
 
 RECENT = 20
 """Steps over which a stage's present loss and speed are taken."""
-KNOWN = {
-    "step": {"global_step", "loss", "terms", "learning_rate", "gradient_norm", "tokens", "seconds"},
-    "calibration": {"before", "after", "seconds"},
-    "stage_end": set[str](),
-    "stopped": {"reason"},
-}
-"""Kind of record -> what is asked of it beside its place in the run."""
 HELD_OUT = {
     "mixers": "error",
     "forward_kl": "forward KL, nats a token",
@@ -35,6 +28,64 @@ HELD_OUT = {
 Rows = dict[str, list[float | None]]
 """Mixer -> a number for each layer."""
 Read = TypeVar("Read")
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+FiniteRows = dict[str, list[Finite | None]]
+
+
+class _Asked(BaseModel):
+    """What is asked of a record, or of a part of one. It may say more."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Record(_Asked):
+    """Its place in the run, whatever its kind."""
+
+    stage: Count
+    type: str
+    step: Count
+
+
+class _StepRecord(_Record):
+    global_step: Count
+    loss: Finite | None
+    terms: dict[str, Finite | None]
+    learning_rate: Finite | None
+    gradient_norm: Finite | None
+    tokens: Count
+    seconds: Finite
+    placement: PlacementText | None = None
+    mixers: dict[str, Finite | None] | None = None
+    layers: FiniteRows | None = None
+
+
+class _CalibrationRecord(_Record):
+    before: FiniteRows
+    after: FiniteRows
+    seconds: Finite
+
+
+class _HeldOut(_Asked):
+    mixers: dict[str, Finite | None] = {}
+    forward_kl: dict[str, Finite | None] = {}
+    cross_entropy: dict[str, Finite | None] = {}
+
+
+class _StageEndRecord(_Record):
+    held_out: _HeldOut | None = None
+
+
+class _StoppedRecord(_Record):
+    reason: str
+
+
+KNOWN: dict[str, type[_Record]] = {
+    "step": _StepRecord,
+    "calibration": _CalibrationRecord,
+    "stage_end": _StageEndRecord,
+    "stopped": _StoppedRecord,
+}
+"""Kind of record -> what is asked of it."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +288,7 @@ def _understood(path: Path, read: Callable[[Path], Read]) -> Read:
     """What `read` makes of a file. ValueError if the file is not laid out as this version lays it out."""
     try:
         return read(path)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = str(error).splitlines()[0]
         if isinstance(error, ValidationError):
             first = error.errors()[0]
@@ -256,8 +307,7 @@ def _stages(records: Sequence[dict[str, Any]], recipe: Mapping[str, Any]) -> lis
     plans = [(str(stage["type"]), int(stage["steps"])) for stage in recipe.get("stages", ())]
     by_stage: dict[int, list[dict[str, Any]]] = {}
     for record in records:
-        if lacking := (KNOWN[record["event"]] | {"stage", "type", "step"}) - record.keys():
-            raise ValueError(f"a {record['event']} record lacks {', '.join(sorted(lacking))}")
+        _check(record)
         by_stage.setdefault(record["stage"], []).append(record)
     for index in range(len(plans), max(by_stage) + 1):
         own = by_stage.get(index, [])
@@ -272,5 +322,15 @@ def _stages(records: Sequence[dict[str, Any]], recipe: Mapping[str, Any]) -> lis
         )
         name = kind if types[kind] == 1 else f"{kind} ({index})"
         stages.append(StageHistory(index, name, planned, steps, calibration, end))
-        stages[-1].as_stage()  # what pictures will ask of each step is checked here
+        _ = stages[-1].tally  # whether the placements fit each other shows here
     return stages
+
+
+def _check(record: Mapping[str, Any]) -> None:
+    """ValueError if a record lacks something, or has something of another type."""
+    try:
+        KNOWN[record["event"]].model_validate(record)
+    except ValidationError as error:
+        if lacking := sorted(str(fault["loc"][0]) for fault in error.errors() if fault["type"] == "missing"):
+            raise ValueError(f"a {record['event']} record lacks {', '.join(lacking)}") from None
+        raise

@@ -216,7 +216,15 @@ def _lines_before(path: Path, stage: int, step: int) -> list[str]:
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             record = parse_record(line)
-            if record is not None and (record["stage"], record["step"]) < (stage, step):
+            if record is None:
+                continue
+            try:
+                earlier = (record["stage"], record["step"]) < (stage, step)
+            except (KeyError, TypeError):
+                raise ValueError(
+                    f"{path} holds a line that does not say its stage and step ({line.strip()[:100]}): take it out"
+                ) from None
+            if earlier:
                 kept.append(line)
     return kept
 

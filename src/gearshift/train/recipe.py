@@ -126,6 +126,12 @@ class LayerwiseStage(StageSettings):
             raise ValueError(f"sampling {self.sampling.type} draws students: set stream to student, or leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _held_where_fitted(self) -> Self:
+        if self.calibration != "ridge" and self.ridge != 1.0:
+            raise ValueError(f"ridge {self.ridge:g} holds calibration: ridge, not {self.calibration}: leave it out")
+        return self
+
 
 class SampledStage(StageSettings):
     """What the stages have in which sampled placements learn end to end."""
@@ -139,6 +145,15 @@ class SampledStage(StageSettings):
     recompute: bool = False
     """Whether the backward pass computes each layer again instead of keeping its activations: slower by about a third,
     and memory for one layer's activations instead of all. The result is the same."""
+
+    @model_validator(mode="after")
+    def _divergence_for_a_temperature(self) -> Self:
+        if self.temperature != 1.0 and not (self.losses.forward_kl or self.losses.reverse_kl):
+            raise ValueError(
+                f"temperature {self.temperature:g} is that of forward_kl and reverse_kl, which have no weight: leave it"
+                " out"
+            )
+        return self
 
     @property
     def held_out_loss(self) -> str:
@@ -340,6 +355,29 @@ class Recipe(DistillationSettings):
         if self.chats and not any(stage.reads_chats for stage in self.stages):
             raise ValueError("only an sft stage learns from chats, and there is none: leave chats out")
         return self
+
+    @model_validator(mode="after")
+    def _output_beside_what_is_read(self) -> Self:
+        for source in (*self.sources, *(self.chats or ())):
+            if source.path is not None and Path(self.output).resolve().is_relative_to(Path(source.path).resolve()):
+                raise ValueError(
+                    f"the output folder {self.output} lies in {source.path}, so a resumed run would read its own record"
+                    " as text: choose another one"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _teacher_for_a_stage(self) -> Self:
+        if self.teacher != "self" and not any(stage.needs_teacher for stage in self.stages):
+            raise ValueError("no stage learns from a teacher: leave teacher out, or weigh a loss that compares with it")
+        return self
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_once(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := [name for name in trackers if trackers.count(name) > 1]:
+            raise ValueError(f"{twice[0]} comes twice: name each once")
+        return trackers
 
     @property
     def sources(self) -> tuple[DataSource, ...]:

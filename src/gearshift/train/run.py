@@ -207,8 +207,11 @@ def _read(recipe: Recipe, tokenizer: Any, distiller: Distiller) -> str:
         open_chats(recipe.chats or (), *settings, quiet=not distiller.parallel.is_first) if True in kinds else None,
         recipe.held_out,
     )
+    corpora = [corpus for corpus in (text, chats) if corpus is not None]
+    for corpus in corpora:
+        corpus.check(tokenizer, distiller.model.spec.vocab_size)
     distiller.read_from(text, held_out, chats, held_out_chats)
-    return " ".join(corpus.digest() for corpus in (text, chats) if corpus is not None)
+    return " ".join(corpus.digest() for corpus in corpora)
 
 
 def _divided(corpus: Corpus | None, held_out: int) -> tuple[Corpus | None, TokenSequences | None]:

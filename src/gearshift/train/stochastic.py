@@ -69,7 +69,7 @@ class StochasticRun(StageRun):
         if not self._learns(placement):
             return None
         weights = self.stage.losses.model_dump()
-        taught = self._teach(batch) if _compares(weights) else None
+        taught = self._teach(batch) if self.stage.needs_teacher else None
         loss, terms = self._judge(batch, placement, weights, taught, self.stage.temperature)
         (loss * share).backward()
         return {"loss": loss.detach(), **terms}
@@ -96,7 +96,7 @@ class StochasticRun(StageRun):
         }
         for name in self.stage.held_out_placements:
             placements[name] = resolve_placement(name, self.presets, self.choices)
-        taught = self._teach(batch) if _compares({loss: 1.0}) else None
+        taught = None if loss == "cross_entropy" else self._teach(batch)
         judged = {name: self._judge(batch, placement, {loss: 1.0}, taught) for name, placement in placements.items()}
         return {name: terms[loss] for name, (_, terms) in judged.items()}
 
@@ -239,11 +239,6 @@ def _targeted(values: Tensor, batch: Batch) -> Tensor:
     if batch.targeted is None:
         return values
     return values.flatten(0, 1).index_select(0, batch.targeted.to(values.device, non_blocking=True))[None]
-
-
-def _compares(weights: Mapping[str, float]) -> bool:
-    """Whether any of the losses that `weights` weighs needs a teacher."""
-    return any(weight > 0 for name, weight in weights.items() if name != "cross_entropy")
 
 
 def _shared(model: GearshiftForCausalLM) -> Iterator[nn.Parameter]:
