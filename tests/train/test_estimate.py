@@ -61,7 +61,8 @@ def recipe_of(spec: ModelSpec, folder: Path, *stages: Any, **more: Any) -> Recip
     path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     settings = {"sequence_length": TOKENS, "batch_size": 2, "device": "cpu", "loss_chunk": 64, **more}
     if any(stage.reads_chats for stage in stages):
-        settings["chats"] = [{"path": "chats.jsonl"}]
+        (folder / "chats.jsonl").touch()
+        settings["chats"] = [{"path": str(folder / "chats.jsonl")}]
     return Recipe(model=str(path), output=str(folder / "run"), stages=stages, **settings)
 
 

@@ -219,8 +219,9 @@ def _load_dataset() -> Callable[..., Any]:
 
 def _check_column(where: str, field: str, names: Any) -> None:
     if field not in names:
+        there = ", ".join(map(str, names))
         raise ValueError(
-            f"{where}: there is no column {field!r}; there is {', '.join(map(str, names)) or 'none at all'}"
+            f"{where}: there is no column {field!r}; there is {f'{there}: name one in field' if there else 'none at all'}"
         )
 
 

@@ -73,7 +73,7 @@ def too_few(sequences: int, length: int, held_out: int, where: str = "") -> str:
     """Why `held_out` sequences cannot be held out."""
     return (
         f"the text{where} gives {sequences} sequences of {length} tokens: too few to hold out {held_out} and"
-        " train on the rest; use more text or shorter sequences"
+        " train on the rest; use more text, shorter sequences or a smaller held_out"
     )
 
 
