@@ -219,10 +219,8 @@ def _load_dataset() -> Callable[..., Any]:
 
 def _check_column(where: str, field: str, names: Any) -> None:
     if field not in names:
-        there = ", ".join(map(str, names))
-        raise ValueError(
-            f"{where}: there is no column {field!r}; there is {f'{there}: name one in field' if there else 'none at all'}"
-        )
+        there = f"{', '.join(map(str, names))}: name one in field" if names else "none at all"
+        raise ValueError(f"{where}: there is no column {field!r}; there is {there}")
 
 
 def _identity(chats: ChatRenderer | None) -> list[Any]:
