@@ -29,6 +29,16 @@ def outline(recipe: Recipe, model: GearshiftForCausalLM, scales: Mapping[str, fl
     )
 
 
+def missing(recipe: Recipe) -> Iterator[str]:
+    """A sentence for each source of text or chats that a stage reads and that is not there."""
+    kinds = {stage.reads_chats for stage in recipe.stages}
+    for source in (*(recipe.sources if False in kinds else ()), *(recipe.chats or ())):
+        try:
+            source.check()
+        except ValueError as error:
+            yield str(error)
+
+
 def remarks(
     recipe: Recipe,
     model: GearshiftForCausalLM,

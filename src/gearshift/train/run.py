@@ -26,7 +26,7 @@ from gearshift.train.engine import Precision
 from gearshift.train.guard import TrainingDivergedError
 from gearshift.train.loop import Distiller
 from gearshift.train.metrics import Callback, JsonLines, Record, StageEndRecord, StepRecord, StoppedRecord, close
-from gearshift.train.outlook import outline, remarks
+from gearshift.train.outlook import missing, outline, remarks
 from gearshift.train.parallel import ALONE, Parallel, parallelise, process_group
 from gearshift.train.recipe import Recipe
 from gearshift.train.trackers import check_trackers, make_trackers
@@ -108,9 +108,9 @@ def _train(
     if parallel.once(lambda: _is_finished(recipe, output, finished)):
         return nothing_to_do
     check_trackers(recipe.trackers)
-    for source in (*recipe.sources, *(recipe.chats or ())):
-        source.check()
     parallel.check(recipe)
+    if (sentence := next(missing(recipe), None)) is not None:
+        raise ValueError(sentence)
     distiller, tokenizer, dtypes = _prepare(recipe, device, parallel)
     checkpoints = Checkpoints(output / "checkpoints", background=device.type == "cuda")
     if parallel.is_first:

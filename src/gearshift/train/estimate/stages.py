@@ -4,7 +4,7 @@ A few layers are rehearsed (`rehearsal`), one of each block at least; the others
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,16 +96,8 @@ def run_remarks(recipe: Recipe) -> list[str]:
     native, teacher = _configs(recipe)
     model = skeleton(native.spec)
     scales = learning(model, recipe, other_teacher=teacher is not None)
-    return [*_not_there(recipe), *outlook.remarks(recipe, model, scales, native.presets, teacher)]
-
-
-def _not_there(recipe: Recipe) -> Iterator[str]:
-    """A sentence for each source of text or chats that a run would look for in vain."""
-    for source in (*recipe.sources, *(recipe.chats or ())):
-        try:
-            source.check()
-        except ValueError as error:
-            yield f"{error}; a run needs it"
+    absent = [f"{sentence}; a run needs it" for sentence in outlook.missing(recipe)]
+    return [*absent, *outlook.remarks(recipe, model, scales, native.presets, teacher)]
 
 
 def _configs(recipe: Recipe) -> tuple[NativeConfig, ModelSpec | None]:
