@@ -1,9 +1,9 @@
 """What a supernet learns in a given number of steps: divergence from the teacher, and the time that the steps took.
 
-    python benchmarks/distillation.py MODEL --text TRAIN --held-out FILE ... [--layerwise 540] [--stochastic 540]
+    python benchmarks/distillation.py MODEL --text TRAIN --held-out FILE ... [--layerwise N] [--stochastic N]
 
 MODEL is a supernet folder, or a checkpoint that the quickstart's surgery is applied to in memory. The stages are those
-of `recipes/smollm2-135m/train.yaml`, for as many steps as asked for. TRAIN is a file or a folder of text, FILE text
+of `recipes/smollm2-135m/train.yaml`, for its steps or those asked for. TRAIN is a file or a folder of text, FILE text
 that is not in it. Forward KL to the teacher, in nats a token, is the mean over the files, up to 32 sequences of each.
 Every step counts as the median one: the first compile, tune and record kernels.
 """
@@ -70,8 +70,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--text", required=True)
     parser.add_argument("--held-out", required=True, nargs="+")
-    parser.add_argument("--layerwise", type=int, default=540)
-    parser.add_argument("--stochastic", type=int, default=540)
+    stages = load_recipe(RECIPE).stages
+    for stage in stages:
+        parser.add_argument(f"--{stage.type}", type=int, default=stage.steps, help="steps")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -79,8 +80,7 @@ def main() -> None:
     model, tokenizer = load(options.model, options.device), AutoTokenizer.from_pretrained(options.model)
     train = load_sequences(read_text(options.text), tokenizer, options.length)
     held_out = [load_sequences(read_text(file), tokenizer, options.length, limit=32) for file in options.held_out]
-    steps = {"layerwise": options.layerwise, "stochastic": options.stochastic}
-    stages = tuple(stage.model_copy(update={"steps": steps[stage.type]}) for stage in load_recipe(RECIPE).stages)
+    stages = tuple(stage.model_copy(update={"steps": getattr(options, stage.type)}) for stage in stages)
     records: list[StepRecord] = []
 
     def watch(record: Record) -> None:

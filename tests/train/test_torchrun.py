@@ -51,7 +51,7 @@ def check_restart(source: Path, tmp_path: Path, timeout: float = 120, **more: An
     assert "failed (exitcode: -9) local_rank: 1" in ended.stderr
     assert ended.stderr.count("gearshift: another process of this job has ended") <= 1
     assert "Traceback" not in ended.stderr
-    assert f"{tmp_path}/run/model: 2 steps, resumed at step 2" in " ".join(ended.stdout.split())
+    assert ended.stdout.split() == f"{tmp_path}/run/model: 2 steps, resumed at step 2".split()
     train(recipe(source, tmp_path / "alone", stages=STAGES, **more))
     assert furthest(timeless(tmp_path / "run"), timeless(tmp_path / "alone")) < 1e-5
 

@@ -46,15 +46,15 @@ class DataSource(Spec):
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """The source's share of the tokens, beside the other sources' weights."""
 
+    of_chats: ClassVar[bool] = False
+
     @model_validator(mode="after")
-    def _check(self) -> "DataSource":
+    def _path_or_dataset(self) -> "DataSource":
         if (self.path is None) == (self.dataset is None):
             raise ValueError("give each source either a path or a dataset")
         if self.path is not None and (self.config or self.split):
             raise ValueError("config and split belong to a dataset, not to a path")
         return self
-
-    of_chats: ClassVar[bool] = False
 
     def check(self) -> None:
         """ValueError if there is no file at its path. Reads nothing; what a dataset holds only its reader knows."""

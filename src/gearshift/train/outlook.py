@@ -31,8 +31,7 @@ def outline(recipe: Recipe, model: GearshiftForCausalLM, scales: Mapping[str, fl
 
 def missing(recipe: Recipe) -> Iterator[str]:
     """A sentence for each source of text or chats that a stage reads and that is not there."""
-    kinds = {stage.reads_chats for stage in recipe.stages}
-    for source in (*(recipe.sources if False in kinds else ()), *(recipe.chats or ())):
+    for source in (*(recipe.sources if recipe.reads_text else ()), *(recipe.chats or ())):
         try:
             source.check()
         except ValueError as error:

@@ -380,6 +380,11 @@ class Recipe(DistillationSettings):
         return trackers
 
     @property
+    def reads_text(self) -> bool:
+        """Whether any stage learns from text, not from chats."""
+        return not all(stage.reads_chats for stage in self.stages)
+
+    @property
     def sources(self) -> tuple[DataSource, ...]:
         """The sources of text; none for the text that Python carries."""
         return (DataSource(path=self.text),) if self.text is not None else self.data or ()

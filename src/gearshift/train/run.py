@@ -201,10 +201,9 @@ def _say(recipe: Recipe, distiller: Distiller, steps_done: int, begun: Callable[
 def _read(recipe: Recipe, tokenizer: Any, distiller: Distiller) -> str:
     """Give the run what it learns from and is judged on. Returns a digest of it."""
     settings = (tokenizer, recipe.sequence_length, recipe.documents, recipe.data_cache)
-    kinds = {stage.reads_chats for stage in recipe.stages}
-    text, held_out = _divided(open_corpus(recipe.sources, *settings) if False in kinds else None, recipe.held_out)
+    text, held_out = _divided(open_corpus(recipe.sources, *settings) if recipe.reads_text else None, recipe.held_out)
     chats, held_out_chats = _divided(
-        open_chats(recipe.chats or (), *settings, quiet=not distiller.parallel.is_first) if True in kinds else None,
+        open_chats(recipe.chats, *settings, quiet=not distiller.parallel.is_first) if recipe.chats else None,
         recipe.held_out,
     )
     corpora = [corpus for corpus in (text, chats) if corpus is not None]
